@@ -1,0 +1,1 @@
+"""Cython twins and primitives; `portway._accel` is the only module that imports them."""

@@ -1,0 +1,175 @@
+"""Every error portway raises.
+
+::
+
+    PortwayError
+     +- InvalidAddress            (ValueError)            a name or address that cannot be parsed
+     +- ConfigurationError        (ValueError)            options or portway.toml that contradict a rule
+     +- NotSupported              (OSError)               this kernel, platform or build cannot do it
+     +- AccessDenied              (PermissionError)       the kernel or a rule of ours says no
+     +- OperationTimeout          (TimeoutError)          the deadline passed; nothing was half-done
+     +- OperationAborted                                  cancelled or closed by somebody else meanwhile
+     +- ObjectClosed              (ValueError)            used after close()
+     +- MissingExtra              (ImportError)           an optional dependency is not installed
+     +- HandoffError                                      duplicating a socket
+     |   +- ProcessNotFound       (ProcessLookupError)    no such process, or another one by now
+     |   +- UnsupportedSocket     (ValueError)            this kind of object cannot be duplicated
+     |   +- InvalidInformation    (ValueError)            truncated, tampered with, or not a record at all
+     |   +- InformationExpired                            the record's time is over
+     |   +- InformationUsed                               somebody claimed it before
+     |   +- WrongProcess                                  the record is for another process
+     |   +- SourceGone            (ConnectionError)       the source ended before the claim
+     |   +- TooManyDescriptors                            a descriptor limit, here or in flight
+     |   +- ProviderNotFound      (LookupError)           no hand-off provider of that name
+     |   +- HandoffRefused        (ConnectionError)       the other side would not take it; the source still has it
+     +- SuperviseError                                    `portway run` and its verbs
+         +- AddressInUse          (OSError)               somebody else listens there
+         +- NameInUse                                     a service of this name runs already
+         +- NotRunning            (LookupError)           no service of this name runs
+         +- CommandNotFound       (FileNotFoundError)     the command does not exist or cannot be executed
+         +- GenerationFailed                              the new generation did not take over; the old one serves
+
+Every class says in ``code`` which Win32 or Winsock error a Windows program would see in its place; `for_code` goes the
+other way. ``hint`` holds the way out when the message has one: ``str(error)`` ends with it.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "AccessDenied", "AddressInUse", "CommandNotFound", "ConfigurationError", "GenerationFailed", "HandoffError",
+    "HandoffRefused", "InformationExpired", "InformationUsed", "InvalidAddress", "InvalidInformation", "MissingExtra",
+    "NameInUse", "NotRunning", "NotSupported", "ObjectClosed", "OperationAborted", "OperationTimeout", "PortwayError",
+    "ProcessNotFound", "ProviderNotFound", "SourceGone", "SuperviseError", "TooManyDescriptors", "UnsupportedSocket",
+    "WrongProcess", "for_code",
+]  # fmt: skip
+
+
+class PortwayError(Exception):
+    """The root. ``hint`` is the way out, one sentence or None; ``code`` the Win32 error number of the class."""
+
+    code: int = 0
+    hint: str | None
+
+    def __init__(self, message: str = "", *, hint: str | None = None) -> None:
+        # Not super().__init__(message, hint): OSError would read two arguments as (errno, strerror).
+        super().__init__(f"{message}; {hint}" if hint else message)
+        self.message = message
+        self.hint = hint
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return _rebuild, (type(self), self.message, self.hint)
+
+
+def _rebuild(kind: type[PortwayError], message: str, hint: str | None) -> PortwayError:
+    return kind(message, hint=hint)
+
+
+class InvalidAddress(PortwayError, ValueError):
+    code = 123  # ERROR_INVALID_NAME
+
+
+class ConfigurationError(PortwayError, ValueError):
+    code = 1610  # ERROR_BAD_CONFIGURATION
+
+
+class NotSupported(PortwayError, OSError):
+    code = 50  # ERROR_NOT_SUPPORTED
+
+
+class AccessDenied(PortwayError, PermissionError):
+    code = 5  # ERROR_ACCESS_DENIED
+
+
+class OperationTimeout(PortwayError, TimeoutError):
+    code = 1460  # ERROR_TIMEOUT
+
+
+class OperationAborted(PortwayError):
+    code = 995  # ERROR_OPERATION_ABORTED
+
+
+class ObjectClosed(PortwayError, ValueError):
+    code = 6  # ERROR_INVALID_HANDLE
+
+
+class MissingExtra(PortwayError, ImportError):
+    code = 126  # ERROR_MOD_NOT_FOUND
+
+
+class HandoffError(PortwayError):
+    code = 10022  # WSAEINVAL
+
+
+class ProcessNotFound(HandoffError, ProcessLookupError):
+    code = 87  # ERROR_INVALID_PARAMETER, as OpenProcess gives it
+
+
+class UnsupportedSocket(HandoffError, ValueError):
+    code = 10038  # WSAENOTSOCK
+
+
+class InvalidInformation(HandoffError, ValueError):
+    code = 13  # ERROR_INVALID_DATA
+
+
+class InformationExpired(HandoffError):
+    code = 1460  # ERROR_TIMEOUT
+
+
+class InformationUsed(HandoffError):
+    code = 10022  # WSAEINVAL
+
+
+class WrongProcess(HandoffError):
+    code = 10022  # WSAEINVAL
+
+
+class SourceGone(HandoffError, ConnectionError):
+    code = 10101  # WSAEDISCON
+
+
+class TooManyDescriptors(HandoffError):
+    code = 10024  # WSAEMFILE
+
+
+class ProviderNotFound(HandoffError, LookupError):
+    code = 10106  # WSAEPROVIDERFAILEDINIT
+
+
+class HandoffRefused(HandoffError, ConnectionError):
+    code = 10061  # WSAECONNREFUSED
+
+
+class SuperviseError(PortwayError):
+    code = 1064  # ERROR_EXCEPTION_IN_SERVICE
+
+
+class AddressInUse(SuperviseError, OSError):
+    code = 10048  # WSAEADDRINUSE
+
+
+class NameInUse(SuperviseError):
+    code = 1056  # ERROR_SERVICE_ALREADY_RUNNING
+
+
+class NotRunning(SuperviseError, LookupError):
+    code = 1062  # ERROR_SERVICE_NOT_ACTIVE
+
+
+class CommandNotFound(SuperviseError, FileNotFoundError):
+    code = 2  # ERROR_FILE_NOT_FOUND
+
+
+class GenerationFailed(SuperviseError):
+    code = 1067  # ERROR_PROCESS_ABORTED
+
+
+def for_code(code: int) -> type[PortwayError]:
+    """The first class of the tree, drawn order, that stands for this Win32 or Winsock code; `PortwayError` if none."""
+    pending: list[type[PortwayError]] = [PortwayError]
+    while pending:
+        kind = pending.pop(0)
+        if kind.code == code:
+            return kind
+        pending += kind.__subclasses__()
+    return PortwayError

@@ -1,0 +1,1 @@
+"""What the system gives: processes, descriptors, names, waits."""

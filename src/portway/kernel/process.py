@@ -1,0 +1,145 @@
+"""Who a process is: pid *and* start time, its uid, a pidfd that stays right when the pid is used again.
+
+Sources: proc(5), pidfd_open(2), pidfd_getfd(2), unix(7) SO_PEERCRED.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import pwd
+import select
+import socket
+import struct
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from .._accel import handoff as _native
+from ..errors import AccessDenied, NotSupported, ProcessNotFound, TooManyDescriptors
+from ..lifecycle import Handle
+
+__all__ = ["Peer", "Pidfd", "peer_of", "start_time", "take_descriptor", "uid_of", "uids", "user_name"]
+
+
+class Peer(NamedTuple):
+    """The process at the other end of a Unix socket, as the kernel vouches for it (SO_PEERCRED)."""
+
+    pid: int
+    uid: int
+    gid: int
+
+
+def peer_of(sock: socket.socket) -> Peer:
+    """The process that connected, or that called listen() or socketpair(); pid 0 when it is not in our pid namespace."""
+    return Peer(*struct.unpack("iII", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)))
+
+
+def start_time(pid: int) -> int:
+    """When `pid` started, in clock ticks since boot (field 22 of /proc/PID/stat). `ProcessNotFound` if there is none.
+
+    pid and start time together name a process for good; a pid alone is used again.
+    """
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            stat = file.read()
+    except (FileNotFoundError, ProcessLookupError):
+        raise ProcessNotFound(f"pid {pid}: no such process") from None
+    fields = stat[stat.rindex(b")") + 2 :].split()
+    if fields[0] in (b"Z", b"X"):
+        raise ProcessNotFound(f"pid {pid}: has ended (not yet waited for by its parent)")
+    return int(fields[19])
+
+
+def uid_of(pid: int) -> int:
+    """The effective uid of `pid`; `ProcessNotFound` if there is none."""
+    try:
+        with open(f"/proc/{pid}/status", "rb") as file:
+            for line in file:
+                if line.startswith(b"Uid:"):
+                    return int(line.split()[2])
+    except (FileNotFoundError, ProcessLookupError):
+        pass
+    raise ProcessNotFound(f"pid {pid}: no such process")
+
+
+def uids(allowed: Iterable[int | str]) -> frozenset[int]:
+    """Uids from numbers and user names; `ValueError` names the one that does not exist."""
+    found = set()
+    for one in allowed:
+        if isinstance(one, int):
+            found.add(one)
+        elif one.isdigit():
+            found.add(int(one))
+        else:
+            try:
+                found.add(pwd.getpwnam(one).pw_uid)
+            except KeyError:
+                raise ValueError(f"allow_uids: no user named {one!r} on this machine") from None
+    return frozenset(found)
+
+
+def user_name(uid: int) -> str:
+    """For messages: ``1000 (alice)``, or the number alone."""
+    try:
+        return f"{uid} ({pwd.getpwuid(uid).pw_name})"
+    except KeyError:
+        return str(uid)
+
+
+class Pidfd(Handle):
+    """A reference to one process that never comes to mean another. Readable (poll) once the process has ended."""
+
+    __slots__ = ("pid",)
+
+    def __init__(self, pid: int) -> None:
+        super().__init__(-1)
+        self.pid = pid
+        if pid <= 0:
+            raise ProcessNotFound(f"pid {pid}: not a process id", hint="give a number above 0")
+        try:
+            self._fd = os.pidfd_open(pid)
+        except ProcessLookupError:
+            raise ProcessNotFound(f"pid {pid}: no such process") from None
+        except OSError as error:
+            if error.errno == errno.ENOSYS:
+                raise NotSupported("pidfd_open: this kernel lacks it", hint="use Linux 5.3 or later") from error
+            if error.errno == errno.EPERM:
+                raise NotSupported(
+                    "pidfd_open is forbidden here", hint="a seccomp filter of the container refuses it; allow it there"
+                ) from error
+            if error.errno == errno.EMFILE:
+                raise TooManyDescriptors("no descriptor left for a pidfd", hint="raise RLIMIT_NOFILE") from error
+            raise
+
+    @property
+    def alive(self) -> bool:
+        poll = select.poll()
+        poll.register(self.fileno(), select.POLLIN)
+        return not poll.poll(0)
+
+
+def take_descriptor(process: Pidfd, fd: int) -> int:
+    """A close-on-exec duplicate, in this process, of descriptor `fd` of `process` (pidfd_getfd). The caller closes it.
+
+    `AccessDenied` without the right to inspect the process, `NotSupported` where the call is missing or filtered away,
+    `ProcessNotFound` when the process has ended, ``OSError(EBADF)`` when it has no such descriptor.
+    """
+    try:
+        return int(_native.pidfd_getfd(process.fileno(), fd))
+    except OSError as error:
+        if error.errno == errno.ESRCH:
+            raise ProcessNotFound(f"pid {process.pid}: has ended") from None
+        if error.errno == errno.ENOSYS:
+            raise NotSupported(
+                "pidfd_getfd: this kernel lacks it",
+                hint="use Linux 5.6 or later, or let the target open a portway.HandoffInbox",
+            ) from error
+        if error.errno == errno.EPERM:
+            raise AccessDenied(
+                f"pidfd_getfd on pid {process.pid} is forbidden: another uid, a process that dropped privileges or is "
+                "not dumpable, Yama's ptrace_scope, or a container's seccomp filter",
+                hint="let the target open a portway.HandoffInbox, or see `portway doctor`",
+            ) from error
+        if error.errno == errno.EMFILE:
+            raise TooManyDescriptors("no descriptor left in this process", hint="raise RLIMIT_NOFILE") from error
+        raise
