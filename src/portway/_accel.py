@@ -6,26 +6,22 @@
 from __future__ import annotations
 
 import os
+from importlib import import_module
 from types import ModuleType
 
 __all__ = ["handoff", "name"]
 
-name: str
 handoff: ModuleType
+name: str
 
 _wanted = os.environ.get("PORTWAY_IMPL", "")
 if _wanted not in ("", "c", "python"):
     raise ImportError(f"PORTWAY_IMPL={_wanted!r}: give c, python, or nothing")
-if _wanted != "python":
-    try:
-        from ._native import handoff as handoff
-
-        name = "c"
-    except ImportError:
-        if _wanted == "c":
-            raise
-        _wanted = "python"
-if _wanted == "python":
-    from . import _handoff_python as handoff
-
-    name = "python"
+try:
+    if _wanted == "python":
+        raise ImportError("PORTWAY_IMPL=python")
+    handoff, name = import_module("portway._native.handoff"), "c"
+except ImportError:
+    if _wanted == "c":
+        raise
+    handoff, name = import_module("portway._handoff_python"), "python"

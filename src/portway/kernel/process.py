@@ -30,7 +30,7 @@ class Peer(NamedTuple):
 
 
 def peer_of(sock: socket.socket) -> Peer:
-    """The process that connected, or that called listen() or socketpair(); pid 0 when it is not in our pid namespace."""
+    """Who connected, or called listen() or socketpair(); pid 0 when that process is not in our pid namespace."""
     return Peer(*struct.unpack("iII", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)))
 
 
