@@ -65,8 +65,9 @@ def duplicate_socket(
     started = check_target(pid, allowed, start_time)
     ready = draft(sock, pid, unread, state, target_timeout, provider)
     if way != "pid":
+        options = {"allow_uids": allowed, "expires": expires, "timeout": timeout, "start_time": started}
         try:
-            with HandoffSession(pid, allow_uids=allowed, expires=expires, timeout=timeout, start_time=started) as session:
+            with HandoffSession(pid, **options) as session:  # type: ignore[arg-type]
                 return SocketInformation(session.push(ready))
         except HandoffRefused:
             if way == "message":
@@ -107,8 +108,8 @@ def socket_from(
     """The socket of a record, in the process it was made for: a `SharedSocket` with ``unread`` and ``state``, or the
     object of the record's provider. Works once. The caller closes it.
 
-    info: the record, its bytes, or its text. timeout: seconds to wait for the rest of a large record. allow_uids: users
-    besides ours that the source may belong to (by process id; for messages the inbox says so).
+    info: the record, its bytes, or its text. timeout: seconds to wait while the inbox is full of other sockets.
+    allow_uids: users besides ours that the source may belong to (by process id; for messages the inbox says so).
 
     Errors: `InvalidInformation` (truncated, tampered with, foreign), `WrongProcess`, `InformationExpired`,
     `InformationUsed`, `SourceGone`, `AccessDenied`, `NotSupported`, `ProviderNotFound`, `TooManyDescriptors`.

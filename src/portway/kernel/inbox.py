@@ -7,7 +7,7 @@ import select
 import socket
 import threading
 import time
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Iterable, Iterator
 from types import TracebackType
 from typing import Any, Self
@@ -97,7 +97,7 @@ class HandoffInbox:
         self._lock = threading.RLock()
         self._lines: dict[int, _Line] = {}
         self._queue: deque[_Waiting] = deque()
-        self._addressed: OrderedDict[bytes, _Waiting] = OrderedDict()
+        self._addressed: dict[bytes, tuple[wire.Claim, list[int]]] = {}
         if _inbox is not None:
             raise HandoffError("this process has a HandoffInbox already", hint="share it, or close the first")
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
@@ -164,7 +164,7 @@ class HandoffInbox:
                     self._pump()
                 while self._queue:
                     info, fds = self._queue.popleft()
-                    if self._fresh(info, fds):
+                    if self._fresh(info.head.expires_ns, fds):
                         self._ring()
                         return info, fds
                 self._ring()
@@ -180,30 +180,39 @@ class HandoffInbox:
             raise deadline.error("waiting for a socket to be handed over")
 
     def claim(self, info: wire.SocketInformation, deadline: Deadline) -> list[int]:
-        """The descriptors of `info`, which came or are coming in parts; the caller owns them. For `socket_from`."""
+        """The descriptors of `info`; the caller owns them. For `socket_from`.
+
+        They came before the record could; only an inbox that is full of others has not read them yet.
+        """
         while True:
             with self._lock:
                 self._check_open()
                 self._pump()
                 found = self._addressed.get(info.nonce)
                 if found is not None:
-                    if bytes(found[0]) != bytes(info):
-                        raise InvalidInformation(
-                            f"this record is not the one that pid {info.source_pid} sent: tampered with",
-                            hint="carry the bytes unchanged",
-                        )
-                    del self._addressed[info.nonce]
-                    return found[1]
-                if not any(line.size for line in self._lines.values()):
+                    self._check_claim(info, found[0])
+                    return self._addressed.pop(info.nonce)[1]
+                if not self._full:
                     raise InformationUsed(
                         f"this record of pid {info.source_pid} was used already, or its socket has expired",
                         hint="each duplicate_socket() makes one socket, once",
                     )
-            deadline.check("waiting for the rest of a large record")
-            self._kernel.poll(min(0.05, deadline.remaining() or 0.05), 1)
+            deadline.check(f"for the {MAX_WAITING} sockets before it to be received")
+            time.sleep(0.001)  # until others have taken theirs
 
-    def _fresh(self, info: wire.SocketInformation, fds: list[int]) -> bool:
-        if info.head.expires_ns > time.monotonic_ns():
+    def _check_claim(self, info: wire.SocketInformation, claim: wire.Claim) -> None:
+        if wire.digest(bytes(info)) != claim.digest:
+            raise InvalidInformation(
+                f"this record is not the one that pid {info.source_pid} made: tampered with",
+                hint="carry the bytes unchanged",
+            )
+
+    @property
+    def _full(self) -> bool:
+        return len(self._queue) + len(self._addressed) >= MAX_WAITING
+
+    def _fresh(self, expires_ns: int, fds: list[int]) -> bool:
+        if expires_ns > time.monotonic_ns():
             return True
         close_all(fds)
         return False
@@ -221,7 +230,7 @@ class HandoffInbox:
 
     def _pump(self) -> None:
         """Reads all that is there without waiting, up to the limit of what may lie here."""
-        while len(self._queue) + len(self._addressed) < MAX_WAITING:
+        while not self._full:
             ready = self._kernel.poll(0, 16)
             if not ready:
                 return
@@ -240,13 +249,15 @@ class HandoffInbox:
         line = _Line(sock)
         why = None
         if line.peer.uid not in self._allowed:
-            why = f"uid {user_name(line.peer.uid)} is not allowed; allow_uids=({line.peer.uid},) of the inbox lets it in"
+            why = f"uid {user_name(line.peer.uid)} is not allowed; HandoffInbox(allow_uids=...) lets it in"
         elif len(self._lines) >= MAX_SESSIONS:
             why = f"{MAX_SESSIONS} sessions are open already"
         if why:
             line.refuse(why)
             sock.close()
             return
+        if line.peer.uid != os.geteuid():
+            line.acknowledge()  # it waits for this word
         if not self._lines:
             reaper.watch(self, None, _SWEEP, self._sweep)
         self._lines[sock.fileno()] = line
@@ -280,9 +291,13 @@ class HandoffInbox:
 
     def _understand(self, line: _Line, data: bytes, fds: list[int]) -> None:
         kind = data[0]
-        if kind == wire.Kind.RECORDS:
-            infos = [wire.SocketInformation(record) for record in wire.unpack_records(data)]
-            self._keep(line, infos, fds)
+        if kind == wire.Kind.CLAIMS:
+            claims = wire.unpack_claims(data)
+            for claim, own in zip(claims, _shares([claim.descriptors for claim in claims], fds), strict=True):
+                self._addressed[claim.nonce] = claim, own
+            line.received += len(claims)
+        elif kind == wire.Kind.RECORDS:
+            self._keep(line, [wire.SocketInformation(record) for record in wire.unpack_records(data)], fds)
         elif kind == wire.Kind.HEAD and not line.size:
             line.size, line.parts, line.fds = wire.unpack_count(data, 4), [data[5:]], fds
         elif kind == wire.Kind.REST and line.size and not fds:
@@ -308,20 +323,13 @@ class HandoffInbox:
                 raise
 
     def _keep(self, line: _Line, infos: list[wire.SocketInformation], fds: list[int]) -> None:
-        if sum(1 + info.head.descriptors for info in infos) != len(fds):
-            raise InvalidInformation(f"{len(fds)} descriptors came with {len(infos)} records that name another number")
-        at = 0
-        for info in infos:
+        for info, own in zip(infos, _shares([1 + info.head.descriptors for info in infos], fds), strict=True):
             head = info.head
-            own = fds[at : at + 1 + head.descriptors]
-            at += 1 + head.descriptors
-            line.received += 1
             if (head.target_pid, head.target_start) != myself() or head.source_pid != line.peer.pid:
-                close_all(own)  # a record for somebody else, or from somebody else
-            elif head.flags & wire.Flag.QUEUED:
-                self._queue.append((info, own))
+                close_all(own)  # a record for somebody else, or in somebody else's name
             else:
-                self._addressed[info.nonce] = info, own
+                self._queue.append((info, own))
+        line.received += len(infos)
 
     def _end(self, line: _Line) -> None:
         close_all(line.fds)
@@ -340,9 +348,9 @@ class HandoffInbox:
                 self._pump()
             except (TooManyDescriptors, OSError):
                 pass
-            self._queue = deque(one for one in self._queue if self._fresh(*one))
-            for nonce, one in list(self._addressed.items()):
-                if not self._fresh(*one):
+            self._queue = deque(one for one in self._queue if self._fresh(one[0].head.expires_ns, one[1]))
+            for nonce, (claim, fds) in list(self._addressed.items()):
+                if not self._fresh(claim.expires_ns, fds):
                     del self._addressed[nonce]
             self._ring()
             return _SWEEP if self._lines or self._queue or self._addressed else None
@@ -382,6 +390,17 @@ class HandoffInbox:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.close()
+
+
+def _shares(weights: list[int], fds: list[int]) -> list[list[int]]:
+    """The descriptors of a message, cut into those of each of its records."""
+    if sum(weights) != len(fds):
+        raise InvalidInformation(f"{len(fds)} descriptors came with records that name {sum(weights)}")
+    shares, at = [], 0
+    for weight in weights:
+        shares.append(fds[at : at + weight])
+        at += weight
+    return shares
 
 
 def _after_fork() -> None:

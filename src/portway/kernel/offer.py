@@ -12,7 +12,7 @@ import errno
 import os
 import socket
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from .._accel import handoff as _native
 from ..deadline import Deadline
@@ -24,7 +24,7 @@ from ..errors import (
     ProcessNotFound,
     SourceGone,
 )  # fmt: skip
-from ..wire.handoff import SocketInformation
+from ..wire.handoff import SocketInformation, digest
 from . import reaper
 from .fdpass import close_all
 from .process import Pidfd, peer_of, start_time, take_descriptor, user_name
@@ -36,22 +36,18 @@ _ptracer = threading.Lock()
 _TAKEN = b"taken"
 
 
-def _digest(record: bytes) -> bytes:
-    from hashlib import blake2b
-
-    return blake2b(record, digest_size=32).digest()
-
-
 class Offer:
     """The source's side. Released when taken, when it expires, by `withdraw`, or when the process ends."""
 
-    __slots__ = ("_ptrace", "done", "line", "nonce", "queue", "taken")
+    __slots__ = ("_ptrace", "done", "line", "nonce", "queue", "taken", "then")
 
     def __init__(self) -> None:
         # The queue is filled from `line`, which then tells the source that the target has dequeued.
         self.line, self.queue = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
         self.nonce = b""
         self.taken, self.done, self._ptrace = False, threading.Event(), False
+        self.then: list[Callable[[], object]] = []
+        """Called, from any thread, once it is taken or withdrawn."""
 
     @property
     def number(self) -> int:
@@ -60,7 +56,7 @@ class Offer:
 
     def publish(self, info: SocketInformation, fds: Sequence[int], seconds: float, *, ptrace: bool) -> None:
         self.nonce = info.nonce
-        _native.send_message(self.line.fileno(), _digest(bytes(info)), list(fds), socket.MSG_DONTWAIT)
+        _native.send_message(self.line.fileno(), digest(bytes(info)), list(fds), socket.MSG_DONTWAIT)
         if ptrace:
             self._permit(info.target_pid, seconds)
         _offers[self.nonce] = self
@@ -106,6 +102,8 @@ class Offer:
         self.line.close()
         self._forbid()
         self.done.set()
+        for call in self.then:
+            call()
 
     def close_in_child(self) -> None:
         self.queue.close()
@@ -122,8 +120,8 @@ def take_offer(info: SocketInformation, allowed: frozenset[int]) -> list[int]:
     queue = _fetch_queue(info)
     try:
         _check_source(queue, info, allowed)
-        digest = queue.recv(64, socket.MSG_DONTWAIT | socket.MSG_PEEK)  # without room for descriptors: none is made
-        if digest != _digest(bytes(info)):
+        queued = queue.recv(64, socket.MSG_DONTWAIT | socket.MSG_PEEK)  # without room for descriptors: none is made
+        if queued != digest(bytes(info)):
             raise InvalidInformation(
                 f"this record is not the one that pid {info.source_pid} made: tampered with, or a stale number",
                 hint="carry the bytes unchanged",

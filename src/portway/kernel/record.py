@@ -131,7 +131,9 @@ def draft(
         unread, state = unread or parcel.unread, state or parcel.state
         size = len(unread) + len(state)
         if len(parcel.reserved) > wire.MAX_RESERVED:
-            raise HandoffError(f"{len(parcel.reserved)} reserved bytes of provider {by.name!r}: at most {wire.MAX_RESERVED}")
+            raise HandoffError(
+                f"{len(parcel.reserved)} reserved bytes of provider {by.name!r}: at most {wire.MAX_RESERVED}"
+            )
         if len(parcel.descriptors) >= _native.MAX_DESCRIPTORS:
             raise HandoffError(f"{len(parcel.descriptors)} descriptors of provider {by.name!r}: at most 252")
         _refuse_tls(parcel.socket)

@@ -12,7 +12,7 @@ import select
 import socket
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from types import TracebackType
 from typing import Any, Self
 
@@ -88,6 +88,8 @@ class HandoffSession:
                 f"the inbox of pid {self.pid} is held by pid {owner.pid} of uid {user_name(owner.uid)}",
                 hint="find out who that is; duplicate by process id meanwhile",
             )
+        if owner.uid != os.geteuid():
+            self._read_acknowledgement(deadline)  # another user's inbox says first whether it lets us in
 
     # -- sending --------------------------------------------------------------------------------------------------
 
@@ -129,29 +131,28 @@ class HandoffSession:
                 raise ProcessNotFound(f"pid {self.pid} has ended")
             expires = time.monotonic_ns() + int(self.expires * 1e9)
             records = [one.encode(self.pid, self._start, expires, flags, -1) for one in drafts]
-            self._send_all(records, drafts, deadline)
+            whole = bool(flags & wire.Flag.QUEUED)  # the target has nothing but what we send now
+            sizes = [len(record) + 4 for record in records] if whole else [0] * len(records)
+            for span in _spans(sizes, drafts):
+                if sizes[span.start] > MAX_MESSAGE:
+                    self._send_large(records[span.start], drafts[span.start], deadline)
+                else:
+                    self._send_batch(records[span], drafts[span], whole, expires, deadline)
             return records
 
-    def _send_all(self, records: list[bytes], drafts: Sequence[Draft], deadline: Deadline) -> None:
-        first, count = 0, len(records)
-        while first < count:
-            size = fds = 0
-            last = first
-            while last < count and fds + drafts[last].weight <= MAX_DESCRIPTORS:
-                size += len(records[last]) + 4
-                if size > MAX_MESSAGE:
-                    break
-                fds += drafts[last].weight
-                last += 1
-            if last == first:
-                self._send_large(records[first], drafts[first], deadline)
-                last += 1
-            else:
-                carried = [fd for one in drafts[first:last] for fd in one.fds]
-                self._window(last - first, deadline)
-                self._message(wire.pack_records(records[first:last]), carried, deadline)
-            self._sent += last - first
-            first = last
+    def _send_batch(
+        self, records: list[bytes], drafts: Sequence[Draft], whole: bool, expires: int, deadline: Deadline
+    ) -> None:
+        if whole:
+            data = wire.pack_records(records)
+        else:
+            data = wire.pack_claims([
+                wire.Claim(record[60:76], wire.digest(record), expires, ready.weight)
+                for record, ready in zip(records, drafts, strict=True)
+            ])
+        self._window(len(records), deadline)
+        self._message(data, [fd for ready in drafts for fd in ready.fds], deadline)
+        self._sent += len(records)
 
     def _send_large(self, record: bytes, ready: Draft, deadline: Deadline) -> None:
         """A record over several messages; they follow each other because the lock is held. One that is not finished
@@ -164,18 +165,27 @@ class HandoffSession:
         except BaseException:
             self._shut()
             raise
+        self._sent += 1
 
     def _window(self, more: int, deadline: Deadline) -> None:
         while self._sent + more - self._acknowledged > WINDOW:
             self._read_acknowledgement(deadline)
 
     def _read_acknowledgement(self, deadline: Deadline) -> None:
-        while True:
+        while not self._hear():
+            poll_for(self._line.fileno(), select.POLLIN, deadline, f"waiting for pid {self.pid} to receive")
+
+    def _hear(self) -> bool:
+        """Whether the target had something to say; `HandoffRefused` when that is no, or nothing ever again."""
+        for _ in range(2):
             try:
                 self._understand(self._line.recv(2048))
-                return
+                return True
+            except ConnectionResetError:
+                continue  # said once, before what the target sent last
             except BlockingIOError:
-                poll_for(self._line.fileno(), select.POLLIN, deadline, f"waiting for pid {self.pid} to receive")
+                return False
+        return False
 
     def _understand(self, message: bytes) -> None:
         if not message:
@@ -205,11 +215,9 @@ class HandoffSession:
             deadline.check(doing)
             time.sleep(0.001)
         elif error.errno in (errno.EPIPE, errno.ECONNRESET):
-            try:
-                while True:
-                    self._understand(self._line.recv(2048))
-            except (BlockingIOError, ConnectionResetError):
-                raise self._refused("it closed its inbox") from None
+            while self._hear():
+                pass
+            raise self._refused("it closed its inbox")
         else:
             raise error
 
@@ -231,11 +239,26 @@ class HandoffSession:
         self.close()
 
 
+def _spans(sizes: Sequence[int], drafts: Sequence[Draft]) -> Iterator[slice]:
+    """Runs of records that fit one message, in bytes and in descriptors; a record too large for any is a run alone."""
+    first = size = fds = 0
+    for at, ready in enumerate(drafts):
+        if at > first and (size + sizes[at] > MAX_MESSAGE or fds + ready.weight > MAX_DESCRIPTORS):
+            yield slice(first, at)
+            first, size, fds = at, 0, 0
+        size += sizes[at]
+        fds += ready.weight
+    if drafts:
+        yield slice(first, len(drafts))
+
+
 def check_target(pid: int, allowed: frozenset[int], expected_start: int | None) -> int:
     """The start time of `pid`, after all that can be known about it from outside has been checked."""
     started = start_time(pid)
     if expected_start is not None and started != expected_start:
-        raise ProcessNotFound(f"pid {pid} is another process by now: it started at tick {started}, not {expected_start}")
+        raise ProcessNotFound(
+            f"pid {pid} is another process by now: it started at tick {started}, not {expected_start}"
+        )
     owner = uid_of(pid)
     if owner != os.geteuid() and owner not in allowed:
         raise AccessDenied(

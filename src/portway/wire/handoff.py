@@ -30,6 +30,8 @@ A message on a session (Unix seqpacket, source to target) starts with one byte:
     3  rest       the next bytes of that record
     4  ack        target to source: how many sockets were received so far (8)
     5  refused    target to source: why (UTF-8)
+    6  claims     count (2), then for each nonce (16), BLAKE2b-256 of the record (32), expiry (8), number of descriptors
+                  (2); the descriptors of all in order. The records themselves travel some other way
 """
 
 from __future__ import annotations
@@ -46,9 +48,9 @@ from ..errors import InvalidInformation
 from .cursor import Cursor, Truncated
 
 __all__ = [
-    "MAX_PAYLOAD", "MAX_RECORD", "MAX_RESERVED", "Flag", "Head", "Kind", "SocketInformation",
-    "SocketInformationOptions", "encode_record", "pack_ack", "pack_head", "pack_records", "pack_refused", "pack_rest",
-    "unpack_count", "unpack_records",
+    "MAX_PAYLOAD", "MAX_RECORD", "MAX_RESERVED", "Claim", "Flag", "Head", "Kind", "SocketInformation",
+    "SocketInformationOptions", "digest", "encode_record", "pack_ack", "pack_claims", "pack_head", "pack_records",
+    "pack_refused", "pack_rest", "unpack_claims", "unpack_count", "unpack_records",
 ]  # fmt: skip
 
 MAX_PAYLOAD = 1 << 20
@@ -85,6 +87,7 @@ class Kind(IntEnum):
     REST = 3
     ACK = 4
     REFUSED = 5
+    CLAIMS = 6
 
 
 class Head(NamedTuple):
@@ -113,6 +116,16 @@ class Head(NamedTuple):
     state_size: int
 
 
+class Claim(NamedTuple):
+    """What the target must know of a record before the record itself comes."""
+
+    nonce: bytes
+    digest: bytes
+    expires_ns: int
+    descriptors: int
+
+
+_CLAIM = struct.Struct("<16s32sqH")
 _HEAD = struct.Struct("<4sHHHHIQIQIiqd16sHHHHIII")
 HEAD_SIZE = _HEAD.size
 assert HEAD_SIZE == 96
@@ -367,6 +380,31 @@ def unpack_records(message: bytes) -> list[bytes]:
     if cursor.left:
         raise InvalidInformation(f"{cursor.left} bytes after the last record of a message")
     return records
+
+
+def digest(record: bytes) -> bytes:
+    """What ties a record to its descriptors: who changes a bit of it has another one."""
+    from hashlib import blake2b  # 3 ms, which only those who claim by record need to pay
+
+    return blake2b(record, digest_size=32).digest()
+
+
+def pack_claims(claims: Sequence[Claim]) -> bytes:
+    return b"".join([b"\x06", len(claims).to_bytes(2, "little"), *(_CLAIM.pack(*claim) for claim in claims)])
+
+
+def unpack_claims(message: bytes) -> list[Claim]:
+    """The claims of a message of kind CLAIMS; `InvalidInformation` for anything else."""
+    cursor = Cursor(message)
+    try:
+        if cursor.uint(1) != Kind.CLAIMS:
+            raise InvalidInformation(f"a message of kind {message[0]}, not claims")
+        claims = [Claim(*_CLAIM.unpack(cursor.take(_CLAIM.size))) for _ in range(cursor.uint(2))]
+    except Truncated as cut:
+        raise InvalidInformation(f"a truncated message: {cut}") from None
+    if cursor.left:
+        raise InvalidInformation(f"{cursor.left} bytes after the last claim of a message")
+    return claims
 
 
 def pack_head(record: bytes, size: int) -> bytes:

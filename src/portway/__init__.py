@@ -1,0 +1,57 @@
+"""portway: Windows and .NET inter-process communication for Python, on Linux.
+
+The public nouns, loaded when first used; `portway.aio` has the same, awaited. Errors are in `portway.errors`, and the
+contract for hand-off providers in `portway.provider`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .errors import PortwayError
+    from .kernel.framing import FramedSocket
+    from .kernel.handoff import duplicate_and_close, duplicate_socket, socket_from, wait_claimed
+    from .kernel.inbox import HandoffInbox
+    from .kernel.session import HandoffSession
+    from .kernel.shared import SharedSocket
+    from .supervise.hook import generation
+    from .wire.handoff import SocketInformation, SocketInformationOptions
+
+__all__ = [
+    "FramedSocket", "HandoffInbox", "HandoffSession", "PortwayError", "SharedSocket", "SocketInformation",
+    "SocketInformationOptions", "__version__", "duplicate_and_close", "duplicate_socket", "generation", "socket_from",
+    "wait_claimed",
+]  # fmt: skip
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "FramedSocket": "kernel.framing",
+    "HandoffInbox": "kernel.inbox",
+    "HandoffSession": "kernel.session",
+    "PortwayError": "errors",
+    "SharedSocket": "kernel.shared",
+    "SocketInformation": "wire.handoff",
+    "SocketInformationOptions": "wire.handoff",
+    "duplicate_and_close": "kernel.handoff",
+    "duplicate_socket": "kernel.handoff",
+    "generation": "supervise.hook",
+    "socket_from": "kernel.handoff",
+    "wait_claimed": "kernel.handoff",
+}
+
+
+def __getattr__(name: str) -> object:
+    home = _HOME.get(name)
+    if home is None:
+        raise AttributeError(f"module 'portway' has no attribute {name!r}")
+    from importlib import import_module
+
+    value = getattr(import_module(f"portway.{home}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

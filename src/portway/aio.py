@@ -1,0 +1,215 @@
+"""The public nouns of `portway` for asyncio: the same names, arguments and errors, awaited.
+
+What can be done without waiting is done at once; a wait is the event loop's. Cancelling a wait loses nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+from . import errors
+from .deadline import Deadline
+from .kernel import handoff as _handoff
+from .kernel.inbox import HandoffInbox as _SyncInbox
+from .kernel.offer import expired, pending_offer
+from .kernel.session import HandoffSession as _SyncSession
+from .wire.handoff import SocketInformation
+
+if TYPE_CHECKING:
+    from .supervise.hook_aio import detach, generation
+
+__all__ = [
+    "HandoffInbox", "HandoffSession", "detach", "duplicate_and_close", "duplicate_socket", "generation", "socket_from",
+    "wait_claimed",
+]  # fmt: skip
+
+
+def __getattr__(name: str) -> object:
+    if name in ("detach", "generation"):
+        from .supervise import hook_aio
+
+        return getattr(hook_aio, name)
+    raise AttributeError(f"module 'portway.aio' has no attribute {name!r}")
+
+
+async def _patiently(call: Any, timeout: float | None) -> Any:
+    """`call(0)` here; only if it would have to wait, the whole again in a thread."""
+    try:
+        return call(0)
+    except errors.OperationTimeout:
+        if timeout == 0:
+            raise
+    return await asyncio.to_thread(call, timeout)
+
+
+async def duplicate_socket(
+    sock: Any, pid: int, *, timeout: float | None = 5.0, **options: Any
+) -> SocketInformation:
+    """`portway.duplicate_socket`, without blocking the loop while the target's queue is full."""
+    info: SocketInformation = await _patiently(
+        lambda limit: _handoff.duplicate_socket(sock, pid, timeout=limit, **options), timeout
+    )
+    return info
+
+
+async def duplicate_and_close(
+    sock: Any, pid: int, *, timeout: float | None = 5.0, **options: Any
+) -> SocketInformation:
+    """`portway.duplicate_and_close`. `detach` a transport first: asyncio must not watch the socket any more."""
+    info: SocketInformation = await _patiently(
+        lambda limit: _handoff.duplicate_and_close(sock, pid, timeout=limit, **options), timeout
+    )
+    return info
+
+
+async def socket_from(info: SocketInformation | bytes | str, *, timeout: float | None = 5.0, **options: Any) -> Any:
+    """`portway.socket_from`; the socket is non-blocking, as asyncio wants it."""
+    sock = await _patiently(lambda limit: _handoff.socket_from(info, timeout=limit, **options), timeout)
+    return _for_loop(sock)
+
+
+def _for_loop(sock: Any) -> Any:
+    if hasattr(sock, "setblocking"):
+        sock.setblocking(False)
+    return sock
+
+
+async def wait_claimed(info: SocketInformation, timeout: float | None = None) -> None:
+    """`portway.wait_claimed`."""
+    offer = pending_offer(info.nonce)
+    if offer is None:
+        return _handoff.wait_claimed(info, 0)
+    loop, done = asyncio.get_running_loop(), asyncio.Event()
+    offer.then.append(lambda: loop.call_soon_threadsafe(done.set))
+    if not offer.done.is_set():
+        deadline = Deadline(timeout)
+        try:
+            await asyncio.wait_for(done.wait(), timeout)
+        except TimeoutError:
+            raise deadline.error(f"waiting for pid {info.target_pid} to claim a socket") from None
+    if not offer.taken:
+        raise expired(info)
+    return None
+
+
+class HandoffInbox:
+    """`portway.HandoffInbox` for one event loop. ``socket_from`` finds what lies in it as well."""
+
+    def __init__(self, **options: Any) -> None:
+        self._inbox = _SyncInbox(**options)
+        self._turn = asyncio.Lock()
+
+    async def receive(self, timeout: float | None = None) -> Any:
+        """The next socket that was sent, non-blocking; `OperationTimeout` after `timeout` seconds."""
+        return _for_loop(await self._when_readable(self._inbox.receive, timeout))
+
+    async def receive_many(self, timeout: float | None = None) -> list[Any]:
+        """All that are there, at least one."""
+        many: list[Any] = await self._when_readable(self._inbox.receive_many, timeout)
+        return [_for_loop(sock) for sock in many]
+
+    async def _when_readable(self, receive: Any, timeout: float | None) -> Any:
+        deadline = Deadline(timeout)
+        async with self._turn:
+            while True:
+                try:
+                    return receive(0)
+                except errors.OperationTimeout:
+                    deadline.check("waiting for a socket to be handed over")
+                try:
+                    await asyncio.wait_for(_readable(self._inbox.fileno()), deadline.remaining())
+                except TimeoutError:
+                    raise deadline.error("waiting for a socket to be handed over") from None
+
+    async def __aiter__(self) -> AsyncIterator[Any]:
+        while not self._inbox.closed:
+            yield await self.receive()
+
+    async def aclose(self) -> None:
+        self._inbox.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
+    ) -> None:
+        await self.aclose()
+
+
+async def _readable(fd: int) -> None:
+    loop = asyncio.get_running_loop()
+    ready: asyncio.Future[None] = loop.create_future()
+
+    def report() -> None:
+        if not ready.done():
+            ready.set_result(None)
+
+    loop.add_reader(fd, report)
+    try:
+        await ready
+    finally:
+        loop.remove_reader(fd)
+
+
+class HandoffSession:
+    """`portway.HandoffSession`, opened by ``async with`` or ``await HandoffSession.open(pid)``."""
+
+    def __init__(self, pid: int, *, timeout: float | None = 5.0, **options: Any) -> None:
+        self._open = lambda limit: _SyncSession(pid, timeout=limit, **options)
+        self._timeout = timeout
+        self._session: _SyncSession | None = None
+        self._turn = asyncio.Lock()
+
+    @classmethod
+    async def open(cls, pid: int, **options: Any) -> Self:
+        self = cls(pid, **options)
+        await self.__aenter__()
+        return self
+
+    async def __aenter__(self) -> Self:
+        self._session = await _patiently(self._open, self._timeout)
+        return self
+
+    async def _call(self, name: str, *args: Any, **options: Any) -> Any:
+        session = self._session
+        if session is None:
+            raise errors.ObjectClosed("this HandoffSession is not open")
+
+        def call(limit: float | None) -> Any:
+            session.timeout = limit
+            return getattr(session, name)(*args, **options)
+
+        async with self._turn:
+            if options:  # may be a large record, in several messages that must not be begun twice
+                return await asyncio.to_thread(call, self._timeout)
+            return await _patiently(call, self._timeout)
+
+    async def _batches(self, name: str, socks: Sequence[Any]) -> list[Any]:
+        """In pieces of one message each, which is sent whole or not at all."""
+        return [await self._call(name, socks[at : at + 100]) for at in range(0, len(socks), 100)]
+
+    async def send(self, sock: Any, **options: Any) -> None:
+        await self._call("send", sock, **options)
+
+    async def send_many(self, socks: Sequence[Any]) -> None:
+        await self._batches("send_many", socks)
+
+    async def duplicate(self, sock: Any, **options: Any) -> SocketInformation:
+        info: SocketInformation = await self._call("duplicate", sock, **options)
+        return info
+
+    async def duplicate_many(self, socks: Sequence[Any]) -> list[SocketInformation]:
+        return [info for batch in await self._batches("duplicate_many", socks) for info in batch]
+
+    async def aclose(self) -> None:
+        if self._session is not None:
+            self._session.close()
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
+    ) -> None:
+        await self.aclose()
