@@ -18,7 +18,7 @@ class Cursor:
 
     __slots__ = ("at", "view")
 
-    def __init__(self, data: bytes | memoryview) -> None:
+    def __init__(self, data: bytes | bytearray | memoryview) -> None:
         self.view = memoryview(data)
         self.at = 0
 
