@@ -10,7 +10,8 @@ import select
 import socket
 import struct
 
-__all__ = ["MAX_DESCRIPTORS", "facts", "pidfd_getfd", "readable", "receive_message", "send_message", "set_ptracer"]
+__all__ = ["MAX_DESCRIPTORS", "facts", "pidfd_getfd", "readable", "receive_message", "records", "send_message",
+           "set_ptracer", "shared", "split", "take_message"]  # fmt: skip
 
 MAX_DESCRIPTORS = 253  # SCM_MAX_FD, kernel include/net/scm.h
 _SYS_PIDFD_GETFD = 438  # the same on every architecture but alpha
@@ -86,6 +87,18 @@ def receive_message(sock: int, max_bytes: int, flags: int = 0) -> tuple[bytes, l
         if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
             fds += memoryview(payload[: len(payload) - len(payload) % _INT]).cast("i")
     return data, fds, seen
+
+
+def take_message(sock: int) -> tuple[bytes, list[int], int]:
+    data, fds, seen = receive_message(sock, 65536, socket.MSG_DONTWAIT | socket.MSG_PEEK)
+    if not seen & socket.MSG_CTRUNC:
+        with _borrowed(sock) as line:
+            line.recv(1, socket.MSG_DONTWAIT)
+    return data, fds, seen
+
+
+records = split = shared = None
+"""Shortcuts of the native module for plain sockets; the long way, which is the specification, serves without them."""
 
 
 class _borrowed:

@@ -135,7 +135,7 @@ def socket_from(
         if info.head.flags & Flag.QUEUED:
             raise InvalidInformation("this record was sent for HandoffInbox.receive()")
         fds = inbox.claim(info, Deadline(timeout))
-    return restore(info, fds)
+    return restore(bytes(info), fds)
 
 
 def wait_claimed(info: SocketInformation, timeout: float | None = None) -> None:

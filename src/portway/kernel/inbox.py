@@ -36,11 +36,10 @@ MAX_SESSIONS = 256
 MAX_WAITING = 4096
 """Sockets that were received and not yet asked for; beyond it the inbox stops reading and the senders wait."""
 ACK_EVERY = 64
-_BUFFER = 65_536
 _SWEEP = 1.0  # seconds between looks for what has expired unread
-_DONTWAIT, _PEEK = socket.MSG_DONTWAIT, socket.MSG_PEEK
+_DONTWAIT = socket.MSG_DONTWAIT
 
-_Waiting = tuple[wire.SocketInformation, list[int]]
+_Waiting = tuple[int, bytes, list[int]]  # expires_ns, record, descriptors
 _inbox: HandoffInbox | None = None
 
 
@@ -96,6 +95,7 @@ class HandoffInbox:
         self._closed = False
         self._lock = threading.RLock()
         self._lines: dict[int, _Line] = {}
+        self._recent: _Line | None = None  # where the last message came from: most likely the next one, too
         self._queue: deque[_Waiting] = deque()
         self._addressed: dict[bytes, tuple[wire.Claim, list[int]]] = {}
         if _inbox is not None:
@@ -109,19 +109,17 @@ class HandoffInbox:
                 f"another process holds the inbox name of pid {os.getpid()}", hint="see `ss -xlp` for who it is"
             ) from error
         self._listener.listen(128)
-        # Two sets: one of what the kernel has for us, and around it one that also knows of what we have already.
         self._bell = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._rung = False
-        self._kernel, self._all = select.epoll(), select.epoll()
-        self._kernel.register(self._listener, select.EPOLLIN)
-        self._all.register(self._kernel, select.EPOLLIN)
-        self._all.register(self._bell, select.EPOLLIN)
+        self._ready = select.epoll()
+        self._ready.register(self._listener, select.EPOLLIN)
+        self._ready.register(self._bell, select.EPOLLIN)
         _inbox = self
 
     def fileno(self) -> int:
         """Readable while `receive` has something; for selectors and event loops."""
         self._check_open()
-        return self._all.fileno()
+        return self._ready.fileno()
 
     @property
     def closed(self) -> bool:
@@ -138,7 +136,8 @@ class HandoffInbox:
 
         Waits `timeout` seconds, or without limit (`OperationTimeout`). The caller closes the socket.
         """
-        return restore(*self._next(Deadline(timeout)))
+        _, record, fds = self._next(Deadline(timeout))
+        return restore(record, fds)
 
     def receive_many(self, timeout: float | None = None) -> list[Any]:
         """All that is there, at least one: what `receive` would give, one after the other."""
@@ -146,7 +145,8 @@ class HandoffInbox:
         with self._lock:
             waiting, self._queue = self._queue, deque()
             self._ring()
-        return [restore(info, fds) for info, fds in (first, *waiting)]
+        fresh = [one for one in waiting if self._fresh(one[0], one[2])]
+        return [restore(record, fds) for _, record, fds in (first, *fresh)]
 
     def __iter__(self) -> Iterator[Any]:
         """Sockets until the inbox is closed."""
@@ -160,20 +160,19 @@ class HandoffInbox:
         while True:
             with self._lock:
                 self._check_open()
-                if not self._queue:
+                if not self._queue and not (self._recent and self._read(self._recent)):
                     self._pump()
                 while self._queue:
-                    info, fds = self._queue.popleft()
-                    if self._fresh(info.head.expires_ns, fds):
+                    one = self._queue.popleft()
+                    if self._fresh(one[0], one[2]):
                         self._ring()
-                        return info, fds
+                        return one
                 self._ring()
-                waiting = self._all
-            self._wait(waiting, deadline)
+            self._wait(deadline)
 
-    def _wait(self, kernel: select.epoll, deadline: Deadline) -> None:
+    def _wait(self, deadline: Deadline) -> None:
         try:
-            ready = kernel.poll(deadline.remaining(), 1)
+            ready = self._ready.poll(deadline.remaining(), 1)
         except ValueError:
             raise ObjectClosed("this HandoffInbox was closed meanwhile") from None
         if not ready and deadline.expired:
@@ -231,10 +230,10 @@ class HandoffInbox:
     def _pump(self) -> None:
         """Reads all that is there without waiting, up to the limit of what may lie here."""
         while not self._full:
-            ready = self._kernel.poll(0, 16)
+            ready = [fd for fd, _ in self._ready.poll(0, 16) if fd != self._bell]
             if not ready:
                 return
-            for fd, _ in ready:
+            for fd in ready:
                 if fd in self._lines:
                     self._read(self._lines[fd])
                 else:
@@ -261,24 +260,24 @@ class HandoffInbox:
         if not self._lines:
             reaper.watch(self, None, _SWEEP, self._sweep)
         self._lines[sock.fileno()] = line
-        self._kernel.register(sock, select.EPOLLIN)
+        self._ready.register(sock, select.EPOLLIN)
 
-    def _read(self, line: _Line) -> None:
-        """One message. It is looked at first: if this process has no room for its descriptors, it stays queued."""
-        fd = line.sock.fileno()
+    def _read(self, line: _Line) -> bool:
+        """One message, if there is one. It is looked at first: if this process has no room for its descriptors, it
+        stays queued."""
         try:
-            data, fds, flags = _native.receive_message(fd, _BUFFER, _DONTWAIT | _PEEK)
+            data, fds, flags = _native.take_message(line.sock.fileno())
             if flags & socket.MSG_CTRUNC:
                 close_all(fds)
                 raise TooManyDescriptors(
                     "no descriptor left for the sockets that wait in the inbox; nothing is lost",
                     hint="close some, or raise RLIMIT_NOFILE, and receive again",
                 )
-            line.sock.recv(1, _DONTWAIT)
         except BlockingIOError:
-            return
+            return False
         except OSError:
             data, fds = b"", []
+        self._recent = line
         try:
             if not data:
                 self._end(line)
@@ -288,6 +287,7 @@ class HandoffInbox:
             close_all(fds)
             line.refuse(str(error))
             self._end(line)
+        return True
 
     def _understand(self, line: _Line, data: bytes, fds: list[int]) -> None:
         kind = data[0]
@@ -297,7 +297,12 @@ class HandoffInbox:
                 self._addressed[claim.nonce] = claim, own
             line.received += len(claims)
         elif kind == wire.Kind.RECORDS:
-            self._keep(line, [wire.SocketInformation(record) for record in wire.unpack_records(data)], fds)
+            plain = _native.split and _native.split(data, fds, *myself(), line.peer.pid)
+            if plain is not None:
+                self._queue += plain
+                line.received += len(plain)
+            else:
+                self._keep(line, [wire.SocketInformation(record) for record in wire.unpack_records(data)], fds)
         elif kind == wire.Kind.HEAD and not line.size:
             line.size, line.parts, line.fds = wire.unpack_count(data, 4), [data[5:]], fds
         elif kind == wire.Kind.REST and line.size and not fds:
@@ -328,13 +333,15 @@ class HandoffInbox:
             if (head.target_pid, head.target_start) != myself() or head.source_pid != line.peer.pid:
                 close_all(own)  # a record for somebody else, or in somebody else's name
             else:
-                self._queue.append((info, own))
+                self._queue.append((head.expires_ns, bytes(info), own))
         line.received += len(infos)
 
     def _end(self, line: _Line) -> None:
         close_all(line.fds)
+        if self._recent is line:
+            self._recent = None
         self._lines.pop(line.sock.fileno(), None)
-        self._kernel.unregister(line.sock)
+        self._ready.unregister(line.sock)
         line.sock.close()
 
     def _sweep(self) -> float | None:
@@ -348,7 +355,7 @@ class HandoffInbox:
                 self._pump()
             except (TooManyDescriptors, OSError):
                 pass
-            self._queue = deque(one for one in self._queue if self._fresh(one[0].head.expires_ns, one[1]))
+            self._queue = deque(one for one in self._queue if self._fresh(one[0], one[2]))
             for nonce, (claim, fds) in list(self._addressed.items()):
                 if not self._fresh(claim.expires_ns, fds):
                     del self._addressed[nonce]
@@ -375,14 +382,14 @@ class HandoffInbox:
         for line in self._lines.values():
             close_all(line.fds)
             line.sock.close()
-        for _, fds in (*self._queue, *self._addressed.values()):
+        for fds in (*(one[2] for one in self._queue), *(one[1] for one in self._addressed.values())):
             close_all(fds)
         self._lines.clear()
+        self._recent = None
         self._queue.clear()
         self._addressed.clear()
         self._listener.close()
-        self._kernel.close()
-        self._all.close()
+        self._ready.close()
         os.close(self._bell)
 
     def __enter__(self) -> Self:

@@ -16,7 +16,7 @@ from ..provider import Handoff, handoff_provider
 from ..wire import handoff as wire
 from .process import start_time
 
-__all__ = ["KEEP", "Draft", "Keep", "check_seconds", "draft", "myself"]
+__all__ = ["KEEP", "Draft", "Keep", "check_seconds", "draft", "myself", "nonces"]
 
 
 class Keep(Enum):
@@ -53,14 +53,14 @@ def _after_fork() -> None:
 os.register_at_fork(after_in_child=_after_fork)
 
 
-def _nonce() -> bytes:
-    """16 bytes of the kernel's random numbers, fetched 128 nonces at a time."""
+def nonces(count: int) -> bytes:
+    """16 unguessable bytes for each of `count` records; the kernel is asked for 128 of them at a time."""
     global _random, _random_at
-    at = _random_at
-    if at >= len(_random):
-        _random, at = os.urandom(2048), 0
-    _random_at = at + 16
-    return _random[at : at + 16]
+    at, size = _random_at, 16 * count
+    if at + size > len(_random):
+        _random, at = os.urandom(max(2048, size)), 0
+    _random_at = at + size
+    return _random[at : at + size]
 
 
 def check_seconds(name: str, value: float) -> float:
@@ -98,7 +98,7 @@ class Draft:
         me, my_start = _me or myself()
         return _encode(
             (self._flags | flags, family, kind, protocol, pid, started, me, my_start, os.geteuid(), source_fd,
-             expires_ns, self._timeout, _nonce(), self.weight - 1),
+             expires_ns, self._timeout, nonces(1), self.weight - 1),
             local, peer, self._provider, self._reserved, self._unread, self._state,
         )  # fmt: skip
 

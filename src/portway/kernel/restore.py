@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import _socket
 import time
 from typing import Any
 
+from .._accel import handoff as _native
 from ..errors import InvalidInformation, WrongProcess
 from ..provider import Parcel, handoff_provider
 from ..wire.handoff import Flag, SocketInformation
@@ -15,6 +17,8 @@ from .shared import SharedSocket
 
 __all__ = ["check_record", "restore"]
 
+_shortcut = _native.shared
+_initialise = _socket.socket.__init__
 _NONBLOCKING, _TIMEOUT = int(Flag.NONBLOCKING), int(Flag.TIMEOUT)
 
 
@@ -32,8 +36,13 @@ def check_record(info: SocketInformation) -> None:
         raise expired(info)
 
 
-def restore(info: SocketInformation, fds: list[int]) -> Any:
-    """The object; owns the descriptors, and closes them all if it fails."""
+def restore(record: bytes, fds: list[int]) -> Any:
+    """The object of a record that is known to be whole; owns the descriptors, and closes them all if it fails."""
+    if _shortcut is not None and len(fds) == 1:
+        plain = _shortcut(SharedSocket, _initialise, record, fds[0])
+        if plain is not None:
+            return plain
+    info = SocketInformation(record)
     head = info.head
     try:
         if len(fds) != 1 + head.descriptors:
@@ -42,14 +51,10 @@ def restore(info: SocketInformation, fds: list[int]) -> Any:
     except BaseException:
         close_all(fds)
         raise
-    sock.information = info
+    sock._record = record
     if head.flags & (_NONBLOCKING | _TIMEOUT):
         sock.settimeout(info.timeout)
-    if head.unread_size:
-        sock.unread = info.unread
-    if head.state_size:
-        sock.state = info.state
-    if head.provider_size == 6 and info.provider == "kernel":
+    if info.provider == "kernel":
         return sock
     return _by_provider(info, sock, fds[1:])
 

@@ -23,12 +23,16 @@ from ..provider import Handoff
 from ..wire import handoff as wire
 from .fdpass import MAX_DESCRIPTORS, poll_for
 from .process import Pidfd, peer_of, start_time, uid_of, uids, user_name
-from .record import KEEP, Draft, Keep, check_seconds, draft
+from .record import KEEP, Draft, Keep, check_seconds, draft, myself, nonces
+from .shared import SharedSocket
 
 __all__ = ["HandoffSession", "inbox_name"]
 
 MAX_MESSAGE = 60_000
 """Bytes in one message of a session; well under the default send buffer (net.core.wmem_default, 212,992)."""
+_PLAIN = (socket.socket, SharedSocket)
+_ONE = slice(0, 1)
+_QUEUED = int(wire.Flag.QUEUED)
 WINDOW = 512
 """Sockets sent and not yet acknowledged; beyond it the sender waits for the target."""
 
@@ -58,6 +62,7 @@ class HandoffSession:
     ) -> None:  # fmt: skip
         self.pid, self.expires, self.timeout = pid, check_seconds("expires", expires), timeout
         self._sent = self._acknowledged = 0
+        self._me, self._uid = myself(), os.geteuid()
         self._lock = threading.Lock()
         self._process = Pidfd(pid)
         self._line = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -99,12 +104,14 @@ class HandoffSession:
         unread and state travel with it, 1 MiB together. timeout is what the target's socket will have; default: what
         ``sock.gettimeout()`` says.
         """
-        self._push([draft(sock, self.pid, unread, state, timeout, None)], wire.Flag.QUEUED)
+        if unread or state or timeout is not KEEP or not self._push_plain([sock]):
+            self._push([draft(sock, self.pid, unread, state, timeout, None)], wire.Flag.QUEUED)
 
     def send_many(self, socks: Sequence[Any]) -> None:
         """Delivers sockets in as few messages as the kernel allows, some 250 in one. On an error those of whole
         messages have arrived; the caller still has all of them."""
-        self._push([draft(sock, self.pid, b"", b"", KEEP, None) for sock in socks], wire.Flag.QUEUED)
+        if not self._push_plain(list(socks)):
+            self._push([draft(sock, self.pid, b"", b"", KEEP, None) for sock in socks], wire.Flag.QUEUED)
 
     def duplicate(
         self, sock: Any, *, unread: bytes = b"", state: bytes = b"", timeout: float | Keep | None = KEEP,
@@ -123,42 +130,61 @@ class HandoffSession:
         return self._push([ready], 0)[0]
 
     def _push(self, drafts: Sequence[Draft], flags: int) -> list[bytes]:
-        deadline = Deadline(self.timeout)
         with self._lock:
-            if self._process.closed:
-                raise ObjectClosed("this HandoffSession is closed")
-            if _native.readable(self._process.fileno()):
-                raise ProcessNotFound(f"pid {self.pid} has ended")
-            expires = time.monotonic_ns() + int(self.expires * 1e9)
+            deadline, expires = self._begin()
             records = [one.encode(self.pid, self._start, expires, flags, -1) for one in drafts]
             whole = bool(flags & wire.Flag.QUEUED)  # the target has nothing but what we send now
             sizes = [len(record) + 4 for record in records] if whole else [0] * len(records)
-            for span in _spans(sizes, drafts):
+            for span in _spans(sizes, [one.weight for one in drafts]):
+                fds = [fd for ready in drafts[span] for fd in ready.fds]
                 if sizes[span.start] > MAX_MESSAGE:
-                    self._send_large(records[span.start], drafts[span.start], deadline)
+                    self._send_large(records[span.start], fds, deadline)
+                elif whole:
+                    self._send_batch(wire.pack_records(records[span]), fds, span, deadline)
                 else:
-                    self._send_batch(records[span], drafts[span], whole, expires, deadline)
+                    claims = [_claim(*one, expires) for one in zip(records[span], drafts[span], strict=True)]
+                    self._send_batch(wire.pack_claims(claims), fds, span, deadline)
             return records
 
-    def _send_batch(
-        self, records: list[bytes], drafts: Sequence[Draft], whole: bool, expires: int, deadline: Deadline
-    ) -> None:
-        if whole:
-            data = wire.pack_records(records)
-        else:
-            data = wire.pack_claims([
-                wire.Claim(record[60:76], wire.digest(record), expires, ready.weight)
-                for record, ready in zip(records, drafts, strict=True)
-            ])
-        self._window(len(records), deadline)
-        self._message(data, [fd for ready in drafts for fd in ready.fds], deadline)
-        self._sent += len(records)
+    def _push_plain(self, socks: list[Any]) -> bool:
+        """The short way for sockets without luggage; False when one of them needs the long way."""
+        if _native.records is None:
+            return False
+        with self._lock:
+            deadline, expires = self._begin()
+            fds: list[int] = []
+            random = nonces(len(socks))
+            records = _native.records(
+                socks, _PLAIN, fds, self.pid, self._start, *self._me, self._uid, expires, _QUEUED, random
+            )
+            if records is None:
+                return False
+            if len(records) == 1:
+                self._send_batch(wire.pack_records(records), fds, _ONE, deadline)
+                return True
+            for span in _spans([len(record) + 4 for record in records], [1] * len(records)):
+                self._send_batch(wire.pack_records(records[span]), fds[span], span, deadline)
+            return True
 
-    def _send_large(self, record: bytes, ready: Draft, deadline: Deadline) -> None:
+    def _begin(self) -> tuple[Deadline, int]:
+        """The checks that every record needs, with the lock held; (the deadline, the expiry in ns)."""
+        if self._process.closed:
+            raise ObjectClosed("this HandoffSession is closed")
+        if _native.readable(self._process.fileno()):
+            raise ProcessNotFound(f"pid {self.pid} has ended")
+        return Deadline(self.timeout), time.monotonic_ns() + int(self.expires * 1e9)
+
+    def _send_batch(self, data: bytes, fds: list[int], span: slice, deadline: Deadline) -> None:
+        count = span.stop - span.start
+        self._window(count, deadline)
+        self._message(data, fds, deadline)
+        self._sent += count
+
+    def _send_large(self, record: bytes, fds: list[int], deadline: Deadline) -> None:
         """A record over several messages; they follow each other because the lock is held. One that is not finished
         is as if it had never been begun: the target drops it with the session."""
         self._window(1, deadline)
-        self._message(wire.pack_head(record, MAX_MESSAGE), ready.fds, deadline)
+        self._message(wire.pack_head(record, MAX_MESSAGE), fds, deadline)
         try:
             for at in range(MAX_MESSAGE, len(record), MAX_MESSAGE):
                 self._message(wire.pack_rest(record, at, MAX_MESSAGE), [], deadline)
@@ -239,17 +265,21 @@ class HandoffSession:
         self.close()
 
 
-def _spans(sizes: Sequence[int], drafts: Sequence[Draft]) -> Iterator[slice]:
+def _spans(sizes: Sequence[int], weights: Sequence[int]) -> Iterator[slice]:
     """Runs of records that fit one message, in bytes and in descriptors; a record too large for any is a run alone."""
     first = size = fds = 0
-    for at, ready in enumerate(drafts):
-        if at > first and (size + sizes[at] > MAX_MESSAGE or fds + ready.weight > MAX_DESCRIPTORS):
+    for at, weight in enumerate(weights):
+        if at > first and (size + sizes[at] > MAX_MESSAGE or fds + weight > MAX_DESCRIPTORS):
             yield slice(first, at)
             first, size, fds = at, 0, 0
         size += sizes[at]
-        fds += ready.weight
-    if drafts:
-        yield slice(first, len(drafts))
+        fds += weight
+    if weights:
+        yield slice(first, len(weights))
+
+
+def _claim(record: bytes, ready: Draft, expires: int) -> wire.Claim:
+    return wire.Claim(wire.nonce_of(record), wire.digest(record), expires, ready.weight)
 
 
 def check_target(pid: int, allowed: frozenset[int], expected_start: int | None) -> int:

@@ -14,12 +14,10 @@ import os
 import select
 import socket
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 from ..deadline import Deadline
-
-if TYPE_CHECKING:
-    from ..wire.handoff import SocketInformation
+from ..wire.handoff import SocketInformation
 
 __all__ = ["SharedSocket"]
 
@@ -39,20 +37,30 @@ class SharedSocket(socket.socket):
     other side notices. Code that reads the bare descriptor (``os.read``, C libraries) sees the flag as it is.
     """
 
-    __slots__ = ("_mode", "information", "state", "unread")
+    __slots__ = ("_mode", "_record")
 
-    unread: bytes
-    """Bytes the source had read and not consumed: they come before anything recv() gives. Empty for adopted ones."""
-    state: bytes
-    """State of the layers above, as the source gave it."""
-    information: SocketInformation | None
-    """The record this socket came from."""
+    _mode: float | None
+    _record: bytes | None
 
     def __init__(self, family: int = -1, type: int = -1, proto: int = -1, fileno: int | None = None) -> None:
         super().__init__(family, type, proto, fileno)
         self._mode = super().gettimeout()
-        self.unread = self.state = b""
-        self.information = None
+        self._record = None
+
+    @property
+    def information(self) -> SocketInformation | None:
+        """The record this socket came from; None for an adopted one."""
+        return None if self._record is None else SocketInformation(self._record)
+
+    @property
+    def unread(self) -> bytes:
+        """Bytes the source had read and not consumed: they come before anything recv() gives."""
+        return b"" if self._record is None else SocketInformation(self._record).unread
+
+    @property
+    def state(self) -> bytes:
+        """State of the layers above, as the source gave it."""
+        return b"" if self._record is None else SocketInformation(self._record).state
 
     @classmethod
     def adopt(cls, sock: socket.socket) -> Self:
@@ -213,8 +221,8 @@ class SharedSocket(socket.socket):
         return code
 
     def dup(self) -> SharedSocket:
-        """Another descriptor in this process, with this one's mode, unread bytes and state."""
+        """Another descriptor in this process, with this one's mode and record."""
         fd = fcntl.fcntl(self.fileno(), fcntl.F_DUPFD_CLOEXEC, 0)
         other = SharedSocket(self.family, self.type, self.proto, fileno=fd)
-        other._mode, other.unread, other.state = self._mode, self.unread, self.state
+        other._mode, other._record = self._mode, self._record
         return other

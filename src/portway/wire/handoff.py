@@ -49,8 +49,8 @@ from .cursor import Cursor, Truncated
 
 __all__ = [
     "MAX_PAYLOAD", "MAX_RECORD", "MAX_RESERVED", "Claim", "Flag", "Head", "Kind", "SocketInformation",
-    "SocketInformationOptions", "digest", "encode_record", "pack_ack", "pack_claims", "pack_head", "pack_records",
-    "pack_refused", "pack_rest", "unpack_claims", "unpack_count", "unpack_records",
+    "SocketInformationOptions", "digest", "encode_record", "nonce_of", "pack_ack", "pack_claims", "pack_head",
+    "pack_records", "pack_refused", "pack_rest", "unpack_claims", "unpack_count", "unpack_records",
 ]  # fmt: skip
 
 MAX_PAYLOAD = 1 << 20
@@ -387,6 +387,10 @@ def digest(record: bytes) -> bytes:
     from hashlib import blake2b  # 3 ms, which only those who claim by record need to pay
 
     return blake2b(record, digest_size=32).digest()
+
+
+def nonce_of(record: bytes) -> bytes:
+    return record[60:76]
 
 
 def pack_claims(claims: Sequence[Claim]) -> bytes:
