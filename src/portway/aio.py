@@ -19,16 +19,16 @@ from .kernel.session import HandoffSession as _SyncSession
 from .wire.handoff import SocketInformation
 
 if TYPE_CHECKING:
-    from .supervise.hook_aio import attach, detach, generation
+    from .supervise.hook_aio import AsyncGeneration, attach, detach, generation
 
 __all__ = [
-    "HandoffInbox", "HandoffSession", "attach", "detach", "duplicate_and_close", "duplicate_socket", "generation",
-    "socket_from", "wait_claimed",
+    "AsyncGeneration", "HandoffInbox", "HandoffSession", "attach", "detach", "duplicate_and_close", "duplicate_socket",
+    "generation", "socket_from", "wait_claimed",
 ]  # fmt: skip
 
 
 def __getattr__(name: str) -> object:
-    if name in ("attach", "detach", "generation"):
+    if name in ("AsyncGeneration", "attach", "detach", "generation"):
         from .supervise import hook_aio
 
         return getattr(hook_aio, name)

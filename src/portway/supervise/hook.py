@@ -89,6 +89,15 @@ class BaseGeneration:
             self._status_at = now
             self._core.say("status", {"connections": connections, "text": text[:200]}, wait=False)
 
+    def watchdog(self) -> None:
+        """This worker is alive: systemd's ``WATCHDOG=1``, to whoever set NOTIFY_SOCKET."""
+        self._core.notify("WATCHDOG=1")
+
+    @property
+    def supervised(self) -> bool:
+        """Whether a supervisor is there: false outside of `portway run`, and after it was killed."""
+        return self._core.control is not None
+
     def drained(self) -> None:
         """Everything was handed over or has finished: the supervisor may end this worker."""
         self._core.say("drained")
