@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import statistics
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -56,10 +57,14 @@ class Figures:
     notes: dict[tuple[str, str, str], dict[str, Any]] = field(default_factory=dict)
 
     def add(self, work: str, contender: str, metric: str, value: float, **notes: Any) -> None:
+        """One round's value. Notes become further keys of the line; counts in a dict add up over the rounds."""
         key = (work, contender, metric)
         self.values.setdefault(key, []).append(value)
-        if notes:
-            self.notes.setdefault(key, {}).update(notes)
+        kept = self.notes.setdefault(key, {})
+        for name, note in notes.items():
+            if isinstance(note, dict):
+                note = dict(Counter(kept.get(name, {})) + Counter(note))
+            kept[name] = note
 
     def lines(self) -> Iterator[dict[str, Any]]:
         for key, values in self.values.items():

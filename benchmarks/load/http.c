@@ -295,10 +295,28 @@ static int finish(uint64_t now) {
     return !running_first && !queue_count;
 }
 
+/* Both classes together, for loads whose halves are too small to be told apart. */
+static struct stats together(void) {
+    struct stats all = kept;
+    all.name = "all";
+    all.requests += fresh.requests;
+    all.failed += fresh.failed;
+    all.opened += fresh.opened;
+    for (int i = 0; i < CAUSES; i++) all.causes[i] += fresh.causes[i];
+    if (!(all.waits = malloc((kept.count + fresh.count + 1) * sizeof *all.waits))) die("malloc");
+    if (kept.count) memcpy(all.waits, kept.waits, kept.count * sizeof *all.waits);
+    if (fresh.count) memcpy(all.waits + kept.count, fresh.waits, fresh.count * sizeof *all.waits);
+    all.count = kept.count + fresh.count;
+    return all;
+}
+
 static void report(FILE *out) {
+    struct stats all = together();
     print_stats(out, &fresh);
     fprintf(out, ", ");
     print_stats(out, &kept);
+    fprintf(out, ", ");
+    print_stats(out, &all);
 }
 
 const struct work http_work = {start, fire, ready, timers, finish, report};

@@ -124,7 +124,7 @@ static double part_ms(struct stats *stats, double part) { /* `waits` must be sor
 }
 
 void print_stats(FILE *out, struct stats *s) {
-    qsort(s->waits, s->count, sizeof *s->waits, ascending);
+    if (s->count) qsort(s->waits, s->count, sizeof *s->waits, ascending);
     fprintf(out, "\"%s\": {\"requests\": %lu, \"failed\": %lu, \"answered\": %zu, \"causes\": {", s->name, s->requests,
             s->failed, s->count);
     for (int i = 0, first = 1; i < CAUSES; i++)
@@ -139,7 +139,7 @@ void print_stats(FILE *out, struct stats *s) {
 }
 
 static void report(const struct work *work, double seconds) {
-    qsort(lateness.waits, lateness.count, sizeof *lateness.waits, ascending);
+    if (lateness.count) qsort(lateness.waits, lateness.count, sizeof *lateness.waits, ascending);
     printf("{\"mode\": \"%s\", \"seconds\": %.3f, \"rate\": %.1f, \"late_ms\": %.3f, \"late_p99_ms\": %.3f, ",
            options.mode, seconds, (double)lateness.count / seconds, worst_late_ms, part_ms(&lateness, 0.99));
     work->report(stdout);
