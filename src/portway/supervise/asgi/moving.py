@@ -130,7 +130,7 @@ class MovingProtocol(asyncio.Protocol):
             self.connections.discard(self)
             self.transport.abort()
         else:
-            super().shutdown()
+            super().shutdown()  # type: ignore[misc]
 
     # uvicorn's own turns
 
@@ -145,7 +145,7 @@ class MovingProtocol(asyncio.Protocol):
     def _begin(self, unread: bytes, state: dict[str, Any]) -> None:
         if self.client is None and isinstance(state.get("client"), list):
             # The client has gone meanwhile: the address is still right, and its request still counts.
-            self.client = tuple(state["client"])  # type: ignore[assignment]
+            self.client = tuple(state["client"])
         if unread:
             self.data_received(unread)
         elif state.get("armed"):
