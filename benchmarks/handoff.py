@@ -5,8 +5,9 @@ handoff.batch per_s   sockets a second one way, acknowledged once at the end
 handoff.move-10k      10,000 established connections: see move.py
 
 The socket is an established TCP connection. Raw contenders send over a Unix stream pair, without any check;
-``portway`` over an open `HandoffSession`, with all of them. ``send_fds-batched`` is the floor: what 253 descriptors in
-each raw message could reach.
+``portway`` over an open `HandoffSession`, with all of them: `send` to `HandoffInbox.receive`. Two more for comparison:
+``portway-record`` sends a record over the pair, for `socket_from`; ``send_fds-batched`` is the floor of batches, raw
+messages of 253 descriptors.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ from .harness import Failed, Figures, Options, Worker, remark, rounds_of, worker
 
 __all__ = ["CONTENDERS", "PINNABLE", "WORKS", "run"]
 
-CONTENDERS = ("portway", "send_fds", "mp.send_handle", "mp.pipe", "send_fds-batched")
+CONTENDERS = ("portway", "send_fds", "mp.send_handle", "mp.pipe", "portway-record", "send_fds-batched")
+ONLY_ONE, ONLY_BATCH = {"portway-record"}, {"send_fds-batched"}
 WORKS = ("handoff.one", "handoff.batch", "handoff.move-10k")
 PINNABLE = True
 SCM_MAX = 253
@@ -124,9 +126,26 @@ class Portway(SendFds):
         return received
 
 
+class PortwayRecord(Portway):
+    """The same session, with a record that travels by another way (here the link) and `portway.socket_from`."""
+
+    def open_target(self) -> None:
+        super().open_target()
+        from portway import socket_from
+
+        self.restore: Any = socket_from
+
+    def send(self, sock: socket.socket) -> None:
+        self.link.send(bytes(self.session.duplicate(sock)))
+
+    def receive(self) -> socket.socket:
+        received: socket.socket = self.restore(self.link.recv(4096))
+        return received
+
+
 KINDS: dict[str, type[SendFds]] = {
     "portway": Portway, "send_fds": SendFds, "mp.send_handle": SendHandle, "mp.pipe": PicklePipe,
-    "send_fds-batched": SendFdsBatched,
+    "send_fds-batched": SendFdsBatched, "portway-record": PortwayRecord,
 }  # fmt: skip
 
 
@@ -246,7 +265,7 @@ def _pairs(stack: ExitStack, options: Options) -> list[Pair]:
 
 def _measure(pair: Pair, options: Options, figures: Figures) -> None:
     count = (100 if options.quick else 4000) // (10 if pair.name == "mp.pipe" else 1)
-    if options.wants_work("handoff.one") and pair.name != "send_fds-batched":
+    if options.wants_work("handoff.one") and pair.name not in ONLY_BATCH:
         figures.add("handoff.one", pair.name, "us", pair.measure("one", count), count=count)
-    if options.wants_work("handoff.batch"):
+    if options.wants_work("handoff.batch") and pair.name not in ONLY_ONE:
         figures.add("handoff.batch", pair.name, "per_s", pair.measure("batch", count), count=count)

@@ -1,4 +1,4 @@
-"""What every benchmark shares: options, the collected figures and how they are printed, pinning, one process for each end.
+"""What every benchmark shares: options, the figures and how they are printed, pinning, a process for each end.
 
 A figure is (work, contender, metric); each round adds one value to it. A printed line is its median, min, max and n.
 """
@@ -183,7 +183,7 @@ def workers(made: Iterable[Callable[[], Worker]]) -> Iterator[list[Worker]]:
     running: list[Worker] = []
     try:
         for make in made:
-            running.append(make())
+            running.append(make())  # noqa: PERF401  # those started so far are closed when one fails
         yield running
     finally:
         for worker in reversed(running):

@@ -42,7 +42,7 @@ def _source(link: socket.socket) -> Callable[..., Any]:
             sock.close()
         return (time.perf_counter_ns() - began) / 1e6
 
-    verbs = {"port": lambda: server.getsockname()[1], "accept": accept, "move": move}
+    verbs: dict[str, Callable[..., Any]] = {"port": lambda: server.getsockname()[1], "accept": accept, "move": move}
     return lambda verb, *args: verbs[verb](*args)
 
 
@@ -77,7 +77,7 @@ def _target(link: socket.socket) -> Callable[..., Any]:
             moved.extend(receive())
         link.send(b"a")
 
-    verbs = {"open": open_inbox, "take": take, "serve": lambda: _serve(moved)}
+    verbs: dict[str, Callable[..., Any]] = {"open": open_inbox, "take": take, "serve": lambda: _serve(moved)}
     return lambda verb, *args: verbs[verb](*args)
 
 
@@ -127,7 +127,7 @@ def _clients() -> Callable[..., Any]:
             sock.sendall(struct.pack("!Q", number)[HALF:])
         return sum(_answer_is_right(number, sock) for number, sock in enumerate(connections))
 
-    verbs = {"connect": connect, "finish": finish}
+    verbs: dict[str, Callable[..., Any]] = {"connect": connect, "finish": finish}
     return lambda verb, *args: verbs[verb](*args)
 
 

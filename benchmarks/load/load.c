@@ -22,7 +22,9 @@
 
 #define SHOWN 40 /* failures listed one by one */
 
-static const char *const CAUSE_NAMES[CAUSES] = {"refused", "reset", "ended", "timeout", "status", "body", "extra", "other"};
+static const char *const CAUSE_NAMES[CAUSES] = {
+    "refused", "reset", "ended", "timeout", "status", "body", "extra", "other",
+};
 
 struct options options = {
     .mode = "http", .path = "/", .rate = 2000, .seconds = 10, .timeout = 10, .kept = 64, .gap_ms = 5, .seed = 1,
