@@ -1,0 +1,1 @@
+"""What `portway tour` shows: real processes, real clients, and the figures of both."""
