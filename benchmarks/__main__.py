@@ -1,11 +1,13 @@
 """``python -m benchmarks NAME [options]``: figures on standard output, remarks on standard error.
 
-Exit codes: 0 figures for every contender that was asked for by name, 1 one of those could not run, 2 usage.
+Exit codes: 0 figures for every contender that was asked for by name, 1 one of those could not run, 2 usage, 130
+interrupted (SIGINT, SIGTERM: what was started is ended first).
 """
 
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from collections.abc import Callable
 from importlib import import_module
@@ -78,16 +80,23 @@ def main() -> int:
     return _run(benchmark, options, pin=asked.pin, as_json=asked.json)
 
 
+def _interrupt(number: int, frame: object) -> None:
+    raise KeyboardInterrupt  # so that every server and process is ended on the way out
+
+
 def _run(benchmark: ModuleType, options: harness.Options, *, pin: bool, as_json: bool) -> int:
     if pin and benchmark.PINNABLE:
         harness.remark(f"all processes on core {harness.pin_to_one_core()}")
     elif pin:
         harness.remark("--pin is ignored: servers, clients and supervisor on one core would measure the scheduler")
     figures = harness.Figures()
+    signal.signal(signal.SIGTERM, _interrupt)
     try:
         benchmark.run(options, figures)
     except KeyboardInterrupt:
         harness.remark("interrupted; the figures so far:")
+        figures.print(as_json)
+        return 130
     figures.print(as_json)
     seen = {contender for _, contender, _ in figures.values}
     return 1 if options.only - seen or not seen else 0

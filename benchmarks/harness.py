@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import signal
 import statistics
 import sys
 from collections import Counter
@@ -78,6 +79,8 @@ class Figures:
         if as_json:
             for line in self.lines():
                 print(json.dumps(line))
+            return
+        if not self.values:
             return
         head = ("work", "contender", "metric", "median", "min", "max", "n")
         rows = [[f"{line[key]:,}" if key in head[3:] else line[key] for key in head] for line in self.lines()]
@@ -164,6 +167,8 @@ def _serve(
     line: Connection, other_end: Connection, serve: Callable[..., Callable[..., Any]], args: tuple[Any, ...]
 ) -> None:
     other_end.close()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which then closes us
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     do: Callable[..., Any] | None = None
     while True:
         try:

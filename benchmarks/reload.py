@@ -47,7 +47,7 @@ def _plan(kind: str, options: Options) -> Plan:
     }
     rate, seconds, reloads = options.rate or rates[kind], options.seconds or times[kind], options.reloads or 12
     if options.quick:
-        rate, seconds, reloads = options.rate or rates[kind] / 10, options.seconds or 1.5, options.reloads or 1
+        rate, seconds, reloads = options.rate or rates[kind] / 10, options.seconds or 1.0, options.reloads or 1
     return Plan(rate, seconds, reloads, 30.0 if kind == "slow" else 10.0, generator[kind])
 
 
