@@ -61,8 +61,8 @@ def _show(report: dict[str, Any]) -> None:
     state = "stopping" if report["stopping"] else "running"
     who = f"supervisor pid {report['pid']}, portway {report['version']}"
     print(f"{report['name']}: {state}, {who}, {report['reloads']} reloads")
-    if report.get("takeover"):
-        print(f"  if the supervisor is killed: {report['takeover']}")
+    if report["obstacle"]:
+        print(f"  if the supervisor is killed, its sockets cannot be taken over: {report['obstacle']}")
     for one in report["sockets"]:
         shared = "" if one["kind"] in ("tcp", "unix") else "  shared by all generations"
         print(f"  socket {one['name']}: {one['address']}{shared}")

@@ -77,6 +77,8 @@ class Generation:
                 os.waitpid(worker.pid, 0)
                 worker.ended()
             self.close(loop)
+            if tail is not None:
+                tail.drop(self.number)
             raise
         self._open_probe(loop)
 
@@ -178,8 +180,8 @@ class Generation:
         """For the state file and for status: what it runs and who its processes are."""
         workers = [
             {"index": w.index, "pid": w.pid, "start": w.start, "restarts": w.restarts, "since": w.since,
-             "line_inode": w.line_inode, "notify": w.notify_name[1:], "hook": w.hook, "orphan": w.orphan,
-             "connections": w.connections, "text": w.text, "ready": w.ready, "drained": w.drained,
+             "line_inode": w.line_inode, "notify": w.notify_name[1:], "hook": w.hook, "adopts": w.adopts,
+             "orphan": w.orphan, "connections": w.connections, "text": w.text, "ready": w.ready, "drained": w.drained,
              "ordered": w.ordered}
             for w in self.workers
         ]  # fmt: skip

@@ -130,6 +130,13 @@ class Tail:
             if number in ended[: -KEPT_GENERATIONS if keep else None]:
                 os.unlink(path)
 
+    def drop(self, generation: int) -> None:
+        """It never ran: its files go too."""
+        for name in [name for name in self._files if name.split(".")[0] == str(generation)]:
+            file = self._files.pop(name)
+            os.close(file.fd)
+            os.unlink(file.path)
+
     def _on_event(self) -> None:
         try:
             data = os.read(self._inotify, 65536)

@@ -6,6 +6,7 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from typing import Any
 
 from . import proc
 from .generation import Generation, Phase
@@ -56,19 +57,43 @@ class Retire:
     def drain(self, left: float | None = None) -> None:
         self.old.phase = Phase.STOPPING if self.successor is None else Phase.DRAINING
         limit = self.limit if left is None else left
+        if limit is not None:
+            self.until = time.monotonic() + limit
         for worker in self.old.alive:
             if not (worker.hook and self._order(worker)):
                 worker.signal(self.old.options.stop_signal)
         if limit is not None:
-            self.until = time.monotonic() + limit
             self._later(limit, self._over)
 
+    def redirect(self, successor: Generation) -> None:
+        """A yet newer generation has taken over: what is still here goes there, not into an inbox nobody will read."""
+        if self.old.phase not in (Phase.SETTLING, Phase.DRAINING):
+            return
+        self.successor = successor
+        if self.old.phase is Phase.DRAINING:
+            for worker in self.old.alive:
+                if worker.hook and worker.ordered and not worker.drained:
+                    self._order(worker)
+
+    def resume(self, until: float | None) -> None:
+        """Another supervisor has told it to drain already; its limit goes on."""
+        self.until = until
+        if until is not None:
+            self._later(max(0.0, until - time.monotonic()), self._over)
+
+    def dump(self) -> dict[str, Any]:
+        successor = self.successor.number if self.successor is not None else None
+        return {"successor": successor, "limit": self.limit, "until": self.until}
+
     def _order(self, worker: Worker) -> bool:
-        if self.successor is None or self.successor.inbox is None:
-            told = worker.tell({"verb": "stop"})
+        left = None if self.until is None else max(0.0, self.until - time.monotonic())
+        if self.successor is None:
+            told = worker.tell({"verb": "stop", "limit": left})
         else:
-            order = {"verb": "drain", "generation": self.successor.number, "limit": self.limit}
-            told = worker.tell(order, (self.successor.inbox[1].fileno(),))
+            # No inbox when nobody reads it: what was sent there would wait, served by neither, until the limit.
+            inbox = self.successor.inbox if any(one.adopts for one in self.successor.workers) else None
+            order = {"verb": "drain", "generation": self.successor.number, "limit": left}
+            told = worker.tell(order, () if inbox is None else (inbox[1].fileno(),))
         worker.ordered = worker.ordered or told
         return told
 

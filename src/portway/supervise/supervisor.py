@@ -147,7 +147,7 @@ class Supervisor:
         self.rising = generation
         self.generations.append(generation)
         for worker in generation.workers:
-            worker.on_change = self._on_worker
+            worker.on_change = self.on_worker
         self.save()
         pids = ", ".join(str(worker.pid) for worker in generation.workers)
         self.say(f"generation {generation.number} started (pid {pids})")
@@ -199,7 +199,7 @@ class Supervisor:
         self.say(f"generation {generation.number} did not take over: {why}", tell=False)
         for worker in generation.alive:
             worker.signal(signal.SIGKILL, group=True)
-        self._ended_if_empty(generation)
+        self.ended_if_empty(generation)
         if self.serving is not None:
             self.notifier.ready(f"Generation {self.serving.number} serves; {generation.number} failed")
         self._answer(lambda request: request.fail(error))
@@ -227,10 +227,14 @@ class Supervisor:
         source = successor.options if successor is not None else old.options
         retire = Retire(self.loop, old, successor, settle=source.settle, limit=source.drain, say=self.say)
         self.retiring[old.number] = retire
+        if successor is not None:
+            for other in self.retiring.values():
+                if other is not retire:
+                    other.redirect(successor)
         retire.begin()
-        self._ended_if_empty(old)
+        self.ended_if_empty(old)
 
-    def _ended_if_empty(self, generation: Generation) -> None:
+    def ended_if_empty(self, generation: Generation) -> None:
         if generation.alive or generation.phase in (Phase.STARTING, Phase.HOLDING, Phase.SERVING, Phase.ENDED):
             return
         if generation not in self.generations:
@@ -249,6 +253,8 @@ class Supervisor:
             self._end()
 
     def _end(self) -> None:
+        # Closed when this process ends, and not before: `portway stop` returns when there is nothing left.
+        self._last_words = [request.sock.dup() for request in self.stoppers if request.sock.fileno() >= 0]
         for request in self.stoppers:
             request.done(stopped=True)
         self.loop.stop()
@@ -291,7 +297,7 @@ class Supervisor:
             if not worker.ordered:
                 who = f"generation {generation.number}: worker {worker.index} (pid {leader})"
                 self.say(f"{who} {how} while {generation.phase}")
-            self._ended_if_empty(generation)
+            self.ended_if_empty(generation)
 
     def _restart_later(self, generation: Generation, worker: Worker, pid: int, how: str) -> None:
         first, longest, forgiven = _BACKOFF
@@ -304,8 +310,14 @@ class Supervisor:
         self._restarts[(generation.number, worker.index)] = timer
         self.save()
 
+    def restart_missing(self, generation: Generation) -> None:
+        """Workers whose back-off was running when the supervisor replaced itself."""
+        for worker in generation.workers:
+            if generation.phase is Phase.SERVING and not worker.alive:
+                self._restart(generation, worker)
+
     def _restart(self, generation: Generation, worker: Worker) -> None:
-        if generation.phase is not Phase.SERVING or worker.alive:
+        if generation.phase is not Phase.SERVING or worker.alive or len(generation.listeners) != len(self.groups):
             return
         worker.restarts += 1
         try:
@@ -317,8 +329,12 @@ class Supervisor:
         self.say(f"generation {generation.number}: worker {worker.index} started again (pid {worker.pid})")
         self.save()
 
-    def _on_worker(self, worker: Worker) -> None:
+    def on_worker(self, worker: Worker) -> None:
         """It said something."""
+        known = (worker.hook, worker.adopts, worker.drained)
+        if known != worker.saved:
+            worker.saved = known
+            self.save()  # a later supervisor must know how to end it
         retire = self.retiring.get(worker.generation)
         if worker.drained and retire is not None and retire.old.phase in (Phase.DRAINING, Phase.STOPPING):
             worker.on_change = lambda worker: None
@@ -372,6 +388,7 @@ class Supervisor:
 
     def report(self) -> dict[str, Any]:
         from .. import __version__
+        from .takeover import obstacle
 
         sockets = [
             {"name": group.bind.name, "address": group.address, "kind": group.bind.kind,
@@ -381,7 +398,7 @@ class Supervisor:
         return {
             "name": self.options.name, "pid": os.getpid(), "version": __version__, "python": sys.executable,
             "stopping": self.stopping, "reloads": self.reloads, "sockets": sockets, "folder": self.folder,
-            "clock": time.monotonic(),
+            "clock": time.monotonic(), "obstacle": obstacle(self.serving) if self.serving else None,
             "serving": self.serving.number if self.serving else None,
             "generations": [generation.dump() for generation in self.generations],
         }  # fmt: skip
@@ -471,9 +488,13 @@ class Supervisor:
             "number": self.number, "reloads": self.reloads, "stopping": self.stopping,
             "serving": self.serving.number if self.serving else None,
             "groups": [group.dump() for group in self.groups],
-            "generations": [generation.dump() for generation in self.generations],
+            "generations": [one.dump() | {"retire": self._retire_record(one.number)} for one in self.generations],
             "output": self.tail.positions() if self.tail else {},
         }  # fmt: skip
+
+    def _retire_record(self, number: int) -> dict[str, Any] | None:
+        retire = self.retiring.get(number)
+        return None if retire is None else retire.dump()
 
     def forget(self) -> None:
         """The service has ended for good: nothing of it stays in the folder."""

@@ -35,10 +35,12 @@ class Worker:
         self.backoff = 0.1
         self.ready = False
         self.hook = False
+        self.adopts = False  # reads its generation's inbox: connections may be sent there
         self.drained = False
         self.ordered = False  # told to drain or stop, or sent a signal: its end is no crash
         self.killed = False
         self.orphan = False  # the child of a supervisor that was killed
+        self.saved = (False, False, False)  # hook and drained, as the state file has them
         self.connections: int | None = None
         self.text = ""
         self.line: socket.socket | None = None
@@ -59,7 +61,7 @@ class Worker:
     def prepare(self, loop: Loop, *, watchdog: bool, ready_fd: bool) -> tuple[dict[str, int], list[int]]:
         """New line and sockets for a new process: (descriptors by environment key, those to close after the start)."""
         self.close(loop)
-        self.ready = self.hook = self.drained = self.ordered = self.killed = False
+        self.ready = self.hook = self.adopts = self.drained = self.ordered = self.killed = False
         self.connections, self.text = None, ""
         self.line, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.line.setblocking(False)
@@ -129,6 +131,7 @@ class Worker:
         verb = message.get("verb")
         if verb == "hello":
             self.hook = message.get("hook") == 1
+            self.adopts = message.get("adopts") is True
         elif verb == "ready":
             self.ready = True
         elif verb == "drained":
