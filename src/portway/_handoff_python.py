@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import array
-import ctypes
-import errno
+import fcntl
 import os
 import select
 import socket
@@ -20,6 +19,8 @@ _INT = struct.calcsize("i")
 
 
 def _call(name: str, *arguments: int) -> int:
+    import ctypes  # not in every subinterpreter, and those need none of this
+
     libc = ctypes.CDLL(None, use_errno=True)
     got = int(getattr(libc, name)(*(ctypes.c_long(one) for one in arguments)))
     if got < 0:
@@ -54,11 +55,7 @@ def _address(family: int, address: object) -> bytes:
 
 
 def facts(fd: int) -> tuple[int, int, int, bool, bool, bytes, bytes]:
-    try:
-        sock = socket.socket(fileno=os.dup(fd))
-    except OSError as error:
-        raise OSError(error.errno, os.strerror(error.errno or errno.EBADF)) from None
-    with sock:
+    with _borrowed(fd) as sock:
         family, local, peer, connected = int(sock.family), b"", b"", False
         listening = bool(sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
         local = _address(family, sock.getsockname())
@@ -92,9 +89,21 @@ def receive_message(sock: int, max_bytes: int, flags: int = 0) -> tuple[bytes, l
 def take_message(sock: int) -> tuple[bytes, list[int], int]:
     data, fds, seen = receive_message(sock, 65536, socket.MSG_DONTWAIT | socket.MSG_PEEK)
     if not seen & socket.MSG_CTRUNC:
-        with _borrowed(sock) as line:
-            line.recv(1, socket.MSG_DONTWAIT)
+        try:
+            _drop(sock)
+        except OSError:
+            for fd in fds:
+                os.close(fd)
+            raise
     return data, fds, seen
+
+
+def _drop(sock: int) -> None:
+    with _borrowed(sock) as line:
+        try:
+            line.recv(1, socket.MSG_DONTWAIT)
+        except ConnectionResetError:  # the sender ended between our two looks; that is said once
+            line.recv(1, socket.MSG_DONTWAIT)
 
 
 records = split = shared = None
@@ -102,10 +111,16 @@ records = split = shared = None
 
 
 class _borrowed:
-    """A socket object over somebody else's descriptor number, for one call."""
+    """A socket object over somebody else's descriptor number, for a few calls."""
 
     def __init__(self, fd: int) -> None:
-        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, fileno=fd)
+        if socket.getdefaulttimeout() is None:
+            self._socket = socket.socket(fileno=fd)
+            return
+        flags = fcntl.fcntl(fd, fcntl.F_GETFL)  # the object would set O_NONBLOCK and wait on its own
+        self._socket = socket.socket(fileno=fd)
+        self._socket.settimeout(None)
+        fcntl.fcntl(fd, fcntl.F_SETFL, flags)
 
     def __enter__(self) -> socket.socket:
         return self._socket

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
+from contextlib import suppress
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
@@ -67,8 +68,13 @@ async def duplicate_and_close(
 
 async def socket_from(info: SocketInformation | bytes | str, *, timeout: float | None = 5.0, **options: Any) -> Any:
     """`portway.socket_from`; the socket is non-blocking, as asyncio wants it."""
-    sock = await _patiently(lambda limit: _handoff.socket_from(info, timeout=limit, **options), timeout)
-    return _for_loop(sock)
+    deadline = Deadline(timeout)
+    while True:
+        try:
+            return _for_loop(_handoff.socket_from(info, timeout=0, **options))
+        except errors.OperationTimeout:  # other sockets lie before it in the inbox; a thread would lose it if cancelled
+            deadline.check("for the sockets before it to be received")
+        await asyncio.sleep(0.002)
 
 
 def _for_loop(sock: Any) -> Any:
@@ -79,20 +85,26 @@ def _for_loop(sock: Any) -> Any:
 
 async def wait_claimed(info: SocketInformation, timeout: float | None = None) -> None:
     """`portway.wait_claimed`."""
-    offer = pending_offer(info.nonce)
+    offer = pending_offer(info)
     if offer is None:
-        return _handoff.wait_claimed(info, 0)
-    loop, done = asyncio.get_running_loop(), asyncio.Event()
-    offer.then.append(lambda: loop.call_soon_threadsafe(done.set))
-    if not offer.done.is_set():
-        deadline = Deadline(timeout)
-        try:
-            await asyncio.wait_for(done.wait(), timeout)
-        except TimeoutError:
-            raise deadline.error(f"waiting for pid {info.target_pid} to claim a socket") from None
+        return
+    loop, done, deadline = asyncio.get_running_loop(), asyncio.Event(), Deadline(timeout)
+
+    def report() -> None:
+        with suppress(RuntimeError):  # the loop has ended meanwhile
+            loop.call_soon_threadsafe(done.set)
+
+    offer.then.append(report)
+    try:
+        if not offer.done.is_set():
+            async with asyncio.timeout(timeout):
+                await done.wait()
+    except TimeoutError:
+        raise deadline.error(f"waiting for pid {info.target_pid} to claim a socket") from None
+    finally:
+        offer.then.remove(report)
     if not offer.taken:
         raise expired(info)
-    return None
 
 
 class HandoffInbox:
@@ -101,6 +113,7 @@ class HandoffInbox:
     def __init__(self, **options: Any) -> None:
         self._inbox = _SyncInbox(**options)
         self._turn = asyncio.Lock()
+        self._waiting: asyncio.Future[None] | None = None
 
     async def receive(self, timeout: float | None = None) -> Any:
         """The next socket that was sent, non-blocking; `OperationTimeout` after `timeout` seconds."""
@@ -113,22 +126,41 @@ class HandoffInbox:
 
     async def _when_readable(self, receive: Any, timeout: float | None) -> Any:
         deadline = Deadline(timeout)
-        async with self._turn:
-            while True:
-                try:
-                    return receive(0)
-                except errors.OperationTimeout:
-                    deadline.check("waiting for a socket to be handed over")
-                try:
-                    await asyncio.wait_for(_readable(self._inbox.fileno()), deadline.remaining())
-                except TimeoutError:
-                    raise deadline.error("waiting for a socket to be handed over") from None
+        try:
+            async with asyncio.timeout(timeout), self._turn:
+                while True:
+                    try:
+                        return receive(0)
+                    except errors.OperationTimeout:
+                        deadline.check("waiting for a socket to be handed over")
+                    await self._readable()
+        except TimeoutError:
+            raise deadline.error("waiting for a socket to be handed over") from None
+
+    async def _readable(self) -> None:
+        loop, fd = asyncio.get_running_loop(), self._inbox.fileno()
+        self._waiting = ready = loop.create_future()
+        loop.add_reader(fd, _settle, ready)
+        try:
+            await ready
+        finally:
+            if self._waiting is ready:  # else aclose() was here, and the number may be another's by now
+                self._waiting = None
+                loop.remove_reader(fd)
 
     async def __aiter__(self) -> AsyncIterator[Any]:
         while not self._inbox.closed:
-            yield await self.receive()
+            try:
+                yield await self.receive()
+            except errors.ObjectClosed:
+                return
 
     async def aclose(self) -> None:
+        """As `portway.HandoffInbox.close`: who waits in `receive` gets `ObjectClosed`."""
+        waiting, self._waiting = self._waiting, None
+        if waiting is not None:
+            asyncio.get_running_loop().remove_reader(self._inbox.fileno())
+            _settle(waiting)
         self._inbox.close()
 
     async def __aenter__(self) -> Self:
@@ -140,19 +172,9 @@ class HandoffInbox:
         await self.aclose()
 
 
-async def _readable(fd: int) -> None:
-    loop = asyncio.get_running_loop()
-    ready: asyncio.Future[None] = loop.create_future()
-
-    def report() -> None:
-        if not ready.done():
-            ready.set_result(None)
-
-    loop.add_reader(fd, report)
-    try:
-        await ready
-    finally:
-        loop.remove_reader(fd)
+def _settle(ready: asyncio.Future[None]) -> None:
+    if not ready.done():
+        ready.set_result(None)
 
 
 class HandoffSession:

@@ -9,6 +9,8 @@ from .errors import OperationTimeout
 
 __all__ = ["Deadline"]
 
+_LONGEST = 2_000_000.0  # in milliseconds it fits an int
+
 
 class Deadline:
     """A point on the monotonic clock, or never.
@@ -31,13 +33,14 @@ class Deadline:
         return time.monotonic() >= self.at
 
     def remaining(self) -> float | None:
-        """Seconds left, never negative; None when there is no limit. What select() and Condition.wait() take."""
-        return None if self.at == math.inf else max(0.0, self.at - time.monotonic())
+        """Seconds left, never negative; None when there is no limit. What select() and Condition.wait() take, which
+        is 23 days at most."""
+        return None if self.at == math.inf else min(max(0.0, self.at - time.monotonic()), _LONGEST)
 
     def poll_ms(self) -> int | None:
         """Milliseconds left, rounded up, within what poll() takes; None when there is no limit."""
         left = self.remaining()
-        return None if left is None else min(math.ceil(left * 1000), 2**31 - 1)
+        return None if left is None else math.ceil(left * 1000)
 
     def check(self, doing: str) -> None:
         """Raises OperationTimeout when the time is over; ``doing`` completes "timed out after 5 s ..."."""

@@ -7,6 +7,7 @@
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from cpython.exc cimport PyErr_CheckSignals, PyErr_SetFromErrno
 from libc.errno cimport EINTR, errno
+from libc.math cimport INFINITY
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memcmp, memcpy, memset
 
@@ -51,6 +52,7 @@ cdef extern from "<string.h>" nogil:
 
 cdef extern from "<unistd.h>" nogil:
     long c_syscall "syscall"(long, ...)
+    int c_close "close"(int)
 
 cdef extern from "<sys/prctl.h>" nogil:
     int c_prctl "prctl"(int, unsigned long, unsigned long, unsigned long, unsigned long)
@@ -275,11 +277,16 @@ cdef inline uint64_t _u64(const unsigned char *at) noexcept:
 
 
 cdef bint _plain(const unsigned char *r, Py_ssize_t size) noexcept:
-    """A record of version 1 whose lengths add up, of the kernel provider, without luggage."""
+    """A record of version 1 whose lengths add up, of the kernel provider, without luggage or a strange timeout."""
+    cdef double timeout
     if size < 96 or memcmp(r, b"PWS\x01", 4) != 0:
         return False
     if _u16(r + 82) != 6 or _u16(r + 76) != 0 or _u32(r + 84) != 0 or _u32(r + 88) != 0 or _u32(r + 92) != 0:
         return False
+    if _u16(r + 4) & 8:
+        memcpy(&timeout, r + 52, 8)
+        if not 0 < timeout < INFINITY:
+            return False
     cdef Py_ssize_t ends = 96 + _u16(r + 78) + _u16(r + 80)
     return size == ends + 6 and memcmp(r + ends, b"kernel", 6) == 0
 
@@ -406,14 +413,30 @@ def receive_message(int sock, Py_ssize_t max_bytes, int flags=0):
     return PyBytes_FromStringAndSize(buffer, min(size, max_bytes)), _descriptors(&message), message.msg_flags
 
 
+cdef int _drop(int sock) except -1:
+    """Takes the first message off the queue, with its own descriptors."""
+    cdef char byte[1]
+    cdef msghdr message
+    try:
+        _receive(sock, byte, 1, NULL, &message, MSG_DONTWAIT)
+    except ConnectionResetError:  # the sender ended between our two looks; that is said once
+        _receive(sock, byte, 1, NULL, &message, MSG_DONTWAIT)
+    return 0
+
+
 def take_message(int sock):
     """`receive_message` of a whole seqpacket message without waiting, but if there is no room for its descriptors
     (MSG_CTRUNC in flags) it stays in the queue, and those that came are the caller's to close."""
     cdef char buffer[65536]
     cdef char control[CONTROL]
-    cdef msghdr message, rest
+    cdef msghdr message
     cdef ssize_t size = _receive(sock, buffer, 65536, control, &message, MSG_DONTWAIT | MSG_PEEK)
     cdef list fds = _descriptors(&message)
     if not message.msg_flags & MSG_CTRUNC:
-        _receive(sock, control, 1, NULL, &rest, MSG_DONTWAIT)  # the rest of it, and its own descriptors, are dropped
+        try:
+            _drop(sock)
+        except OSError:
+            for fd in fds:
+                c_close(fd)
+            raise
     return PyBytes_FromStringAndSize(buffer, size), fds, message.msg_flags

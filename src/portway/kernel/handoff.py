@@ -45,9 +45,11 @@ def duplicate_socket(
     (``bytes(info)``, ``info.to_text()``, pickle) by any IPC to the target. The caller keeps `sock` and closes it.
 
     way: ``"message"`` (the target has a HandoffInbox; arrives even if this process ends right after), ``"pid"`` (the
-      target fetches it while this process lives), ``"auto"``: message if there is an inbox, else pid.
+      target fetches it while this process lives), ``"auto"``: message if there is an inbox, else pid. For the own
+      process ``"auto"`` is by pid: every thread and every interpreter of it can claim that.
     expires: seconds until an unclaimed record is void and its descriptor released.
-    timeout: seconds this call may wait for the target's queue (`OperationTimeout`).
+    timeout: seconds this call may wait for the target's queue, for descriptors in flight, for `ptrace`
+      (`OperationTimeout`).
     unread, state: bytes read and not consumed, and the state of your layers above; 1 MiB together.
     target_timeout: what ``gettimeout()`` will say in the target; default: what it says here.
     provider: name of, or a, `portway.provider.Handoff`; default: the kernel's, for any `socket.socket`.
@@ -56,15 +58,17 @@ def duplicate_socket(
     ptrace: by process id, permit the target under Yama (PR_SET_PTRACER) until the claim; one such offer at a time.
 
     Errors: `ProcessNotFound`, `AccessDenied`, `UnsupportedSocket`, `HandoffRefused` (forced message, no inbox),
-    `HandoffError` (quotas). Nothing is half-done after an error. Source: WSADuplicateSocketW; pidfd_getfd(2), unix(7).
+    `HandoffError` (quotas), `TooManyDescriptors`. Nothing is half-done after an error.
+    Source: WSADuplicateSocketW; pidfd_getfd(2), unix(7).
     """
     if way not in ("auto", "message", "pid"):
         raise ValueError(f"way={way!r}: give 'auto', 'message' or 'pid'")
     check_seconds("expires", expires)
     allowed = uids(allow_uids)
+    deadline = Deadline(timeout)
     started = check_target(pid, allowed, start_time)
     ready = draft(sock, pid, unread, state, target_timeout, provider)
-    if way != "pid":
+    if way == "message" or (way == "auto" and pid != os.getpid()):
         options = {"allow_uids": allowed, "expires": expires, "timeout": timeout, "start_time": started}
         try:
             with HandoffSession(pid, **options) as session:  # type: ignore[arg-type]
@@ -72,15 +76,19 @@ def duplicate_socket(
         except HandoffRefused:
             if way == "message":
                 raise
-    return _offer(ready, pid, started, expires, ptrace)
+    return _offer(ready, pid, started, expires, ptrace, deadline)
 
 
-def _offer(ready: Draft, pid: int, started: int, expires: float, ptrace: bool) -> SocketInformation:
+def _offer(
+    ready: Draft, pid: int, started: int, expires: float, ptrace: bool, deadline: Deadline
+) -> SocketInformation:
     offer = Offer()
     try:
+        if ptrace:
+            offer.permit(pid, deadline)
         expires_ns = time.monotonic_ns() + int(expires * 1e9)
         info = SocketInformation(ready.encode(pid, started, expires_ns, Flag.BY_PID, offer.number))
-        offer.publish(info, ready.fds, expires, ptrace=ptrace)
+        offer.publish(info, ready.fds, expires, deadline)
     except BaseException:
         offer.withdraw()
         raise
@@ -144,9 +152,7 @@ def wait_claimed(info: SocketInformation, timeout: float | None = None) -> None:
     A message needs nobody any more: returns at once. `OperationTimeout` after `timeout` seconds; `InformationExpired`
     if the time of the record ended first. Records of other processes are ValueError.
     """
-    if info.source_pid != os.getpid():
-        raise ValueError(f"this record was made by pid {info.source_pid}, not by this process")
-    offer = pending_offer(info.nonce)
+    offer = pending_offer(info)
     if offer is None:
         return
     deadline = Deadline(timeout)

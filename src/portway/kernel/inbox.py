@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import select
 import socket
@@ -9,10 +10,10 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from types import TracebackType
 from typing import Any, Self
 
-from .._accel import handoff as _native
 from ..deadline import Deadline
 from ..errors import (
     AccessDenied,
@@ -25,7 +26,8 @@ from ..errors import (
 from ..wire import handoff as wire
 from . import reaper
 from .fdpass import close_all
-from .process import peer_of, uids, user_name
+from .line import Addressed, Line, Waiting
+from .process import uids, user_name, within_limits
 from .record import myself
 from .restore import restore
 from .session import inbox_name
@@ -33,47 +35,20 @@ from .session import inbox_name
 __all__ = ["HandoffInbox", "open_inbox"]
 
 MAX_SESSIONS = 256
+"""Open at a time; further sources wait to be accepted."""
 MAX_WAITING = 4096
 """Sockets that were received and not yet asked for; beyond it the inbox stops reading and the senders wait."""
-ACK_EVERY = 64
 _SWEEP = 1.0  # seconds between looks for what has expired unread
-_DONTWAIT = socket.MSG_DONTWAIT
+_FAIR = 64  # messages from one session before the others are looked at
+_HOUR = 3600.0
 
-_Waiting = tuple[int, bytes, list[int]]  # expires_ns, record, descriptors
 _inbox: HandoffInbox | None = None
+_opening = threading.Lock()
 
 
 def open_inbox() -> HandoffInbox | None:
     """The inbox of this process, if it has one."""
     return _inbox
-
-
-class _Line:
-    """One session, as the target sees it."""
-
-    __slots__ = ("acknowledged", "fds", "parts", "peer", "received", "size", "sock")
-
-    def __init__(self, sock: socket.socket) -> None:
-        self.sock, self.peer = sock, peer_of(sock)
-        self.received = self.acknowledged = 0
-        self.forget_parts()
-
-    def forget_parts(self) -> None:
-        self.parts: list[bytes] = []
-        self.size, self.fds = 0, list[int]()
-
-    def acknowledge(self) -> None:
-        try:
-            _native.send_message(self.sock.fileno(), wire.pack_ack(self.received), [], _DONTWAIT)
-            self.acknowledged = self.received
-        except OSError:
-            pass  # the source has ended, or reads none: either way it needs none
-
-    def refuse(self, why: str) -> None:
-        try:
-            _native.send_message(self.sock.fileno(), wire.pack_refused(why), [], _DONTWAIT)
-        except OSError:
-            pass
 
 
 class HandoffInbox:
@@ -91,30 +66,51 @@ class HandoffInbox:
 
     def __init__(self, *, allow_uids: Iterable[int | str] = ()) -> None:
         global _inbox
-        self._allowed = uids(allow_uids) | {os.geteuid()}
+        self._uid = os.geteuid()
+        self._allowed = uids(allow_uids) | {self._uid}
         self._closed = False
         self._lock = threading.RLock()
-        self._lines: dict[int, _Line] = {}
-        self._recent: _Line | None = None  # where the last message came from: most likely the next one, too
-        self._queue: deque[_Waiting] = deque()
-        self._addressed: dict[bytes, tuple[wire.Claim, list[int]]] = {}
-        if _inbox is not None:
-            raise HandoffError("this process has a HandoffInbox already", hint="share it, or close the first")
+        self._waiters = 0
+        self._lines: dict[int, Line] = {}
+        self._recent: Line | None = None  # where the last message came from: most likely the next one, too
+        self._streak = 0
+        self._queue: deque[Waiting] = deque()
+        self._addressed: Addressed = {}
+        self._failure: Exception | None = None
+        self._rung = False
+        with _opening:
+            if _inbox is not None:
+                raise HandoffError("this process has a HandoffInbox already", hint="share it, or close the first")
+            with within_limits("opening a HandoffInbox"):
+                self._open()
+            _inbox = self
+        reaper.watch(self, self._listener.fileno(), _HOUR, self._first_comes)
+
+    def _open(self) -> None:
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
+        bell = -1
+        try:
+            self._bind()
+            bell = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+            self._ready = select.epoll()
+        except BaseException:
+            self._listener.close()
+            if bell >= 0:
+                os.close(bell)
+            raise
+        self._bell = bell
+        self._ready.register(self._listener, select.EPOLLIN)
+        self._ready.register(self._bell, select.EPOLLIN)
+
+    def _bind(self) -> None:
         try:
             self._listener.bind(inbox_name(*myself()))
         except OSError as error:
-            self._listener.close()
             raise AccessDenied(
-                f"another process holds the inbox name of pid {os.getpid()}", hint="see `ss -xlp` for who it is"
+                f"the inbox name of pid {os.getpid()} is taken: by another process, or another interpreter of this one",
+                hint="`ss -xlp` says by whom",
             ) from error
         self._listener.listen(128)
-        self._bell = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        self._rung = False
-        self._ready = select.epoll()
-        self._ready.register(self._listener, select.EPOLLIN)
-        self._ready.register(self._bell, select.EPOLLIN)
-        _inbox = self
 
     def fileno(self) -> int:
         """Readable while `receive` has something; for selectors and event loops."""
@@ -141,12 +137,36 @@ class HandoffInbox:
 
     def receive_many(self, timeout: float | None = None) -> list[Any]:
         """All that is there, at least one: what `receive` would give, one after the other."""
-        first = self._next(Deadline(timeout))
+        waiting = deque([self._next(Deadline(timeout))])
         with self._lock:
-            waiting, self._queue = self._queue, deque()
-            self._ring()
-        fresh = [one for one in waiting if self._fresh(one[0], one[2])]
-        return [restore(record, fds) for _, record, fds in (first, *fresh)]
+            if not self._closed:
+                with suppress(TooManyDescriptors):  # the next call meets it again, if it still holds
+                    self._pump()
+            waiting += self._queue
+            self._queue.clear()
+            if not self._closed:
+                self._ring()
+        restored: list[Any] = []
+        try:
+            while waiting:
+                expires_ns, record, fds = waiting.popleft()
+                if self._fresh(expires_ns, fds):
+                    restored.append(restore(record, fds))
+        except Exception as error:
+            if not restored:
+                raise
+            self._failure = error  # these come first; the next call says what became of the one after them
+        finally:
+            self._put_back(waiting)
+        return restored
+
+    def _put_back(self, waiting: deque[Waiting]) -> None:
+        with self._lock:
+            if self._closed:
+                self._discard(waiting)
+            else:
+                self._queue.extendleft(reversed(waiting))
+                self._ring()
 
     def __iter__(self) -> Iterator[Any]:
         """Sockets until the inbox is closed."""
@@ -156,27 +176,41 @@ class HandoffInbox:
             except ObjectClosed:
                 return
 
-    def _next(self, deadline: Deadline) -> _Waiting:
+    def _next(self, deadline: Deadline) -> Waiting:
         while True:
             with self._lock:
                 self._check_open()
-                if not self._queue and not (self._recent and self._read(self._recent)):
-                    self._pump()
+                if self._failure is not None:
+                    failure, self._failure = self._failure, None
+                    raise failure
+                if not self._queue:
+                    self._look()
                 while self._queue:
                     one = self._queue.popleft()
                     if self._fresh(one[0], one[2]):
                         self._ring()
                         return one
                 self._ring()
-            self._wait(deadline)
+                full = self._full
+                self._waiters += 1
+            try:
+                self._wait(deadline, full)
+            finally:
+                self._leave()
 
-    def _wait(self, deadline: Deadline) -> None:
-        try:
-            ready = self._ready.poll(deadline.remaining(), 1)
-        except ValueError:
-            raise ObjectClosed("this HandoffInbox was closed meanwhile") from None
-        if not ready and deadline.expired:
+    def _wait(self, deadline: Deadline, full: bool) -> None:
+        if full:
+            time.sleep(0.001)  # with records that wait for socket_from(): there is no event for "one was claimed"
+        else:
+            self._ready.poll(deadline.remaining(), 1)
+        if deadline.expired and not self._closed:
             raise deadline.error("waiting for a socket to be handed over")
+
+    def _leave(self) -> None:
+        with self._lock:
+            self._waiters -= 1
+            if self._closed and not self._waiters:
+                self._release()
 
     def claim(self, info: wire.SocketInformation, deadline: Deadline) -> list[int]:
         """The descriptors of `info`; the caller owns them. For `socket_from`.
@@ -186,16 +220,17 @@ class HandoffInbox:
         while True:
             with self._lock:
                 self._check_open()
-                self._pump()
+                all_read = info.nonce in self._addressed or self._pump()
                 found = self._addressed.get(info.nonce)
                 if found is not None:
                     self._check_claim(info, found[0])
                     return self._addressed.pop(info.nonce)[1]
-                if not self._full:
-                    raise InformationUsed(
-                        f"this record of pid {info.source_pid} was used already, or its socket has expired",
-                        hint="each duplicate_socket() makes one socket, once",
-                    )
+                self._ring()
+            if all_read:
+                raise InformationUsed(
+                    f"this record of pid {info.source_pid} was used already, or its socket has expired",
+                    hint="each duplicate_socket() makes one socket, once",
+                )
             deadline.check(f"for the {MAX_WAITING} sockets before it to be received")
             time.sleep(0.001)  # until others have taken theirs
 
@@ -217,132 +252,86 @@ class HandoffInbox:
         return False
 
     def _ring(self) -> None:
-        """The bell is readable exactly while the queue holds something."""
-        if bool(self._queue) is not self._rung:
-            self._rung = not self._rung
-            if self._rung:
+        """The bell is readable exactly while `receive` has something without reading more."""
+        wanted = bool(self._queue) or self._failure is not None
+        if wanted is not self._rung:
+            self._rung = wanted
+            if wanted:
                 os.eventfd_write(self._bell, 1)
             else:
                 os.eventfd_read(self._bell)
 
     # -- what comes from the kernel -------------------------------------------------------------------------------
 
-    def _pump(self) -> None:
-        """Reads all that is there without waiting, up to the limit of what may lie here."""
-        while not self._full:
+    def _look(self) -> None:
+        """For the next one: most likely it comes from where the last came from."""
+        if self._recent is not None and self._streak < _FAIR:
+            self._streak += 1
+            if self._read(self._recent):
+                return
+        self._streak = 0
+        self._pump()
+
+    def _pump(self) -> bool:
+        """Reads what is there without waiting, up to the limit of what may lie here; whether that was all."""
+        for _ in range(MAX_WAITING):
+            if self._full:
+                return False
             ready = [fd for fd, _ in self._ready.poll(0, 16) if fd != self._bell]
             if not ready:
-                return
+                return True
             for fd in ready:
                 if fd in self._lines:
                     self._read(self._lines[fd])
                 else:
                     self._accept()
+        return False
 
     def _accept(self) -> None:
         try:
             sock, _ = self._listener.accept()
-        except OSError:
-            return
+        except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                raise TooManyDescriptors(
+                    "no descriptor left for a session that waits to be accepted; nothing is lost",
+                    hint="close some, or raise RLIMIT_NOFILE, and receive again",
+                ) from error
+            return  # it has gone already
         sock.setblocking(False)
-        line = _Line(sock)
-        why = None
+        line = Line(sock, self._queue, self._addressed)
         if line.peer.uid not in self._allowed:
-            why = f"uid {user_name(line.peer.uid)} is not allowed; HandoffInbox(allow_uids=...) lets it in"
-        elif len(self._lines) >= MAX_SESSIONS:
-            why = f"{MAX_SESSIONS} sessions are open already"
-        if why:
-            line.refuse(why)
-            sock.close()
+            line.refuse(f"uid {user_name(line.peer.uid)} is not allowed; HandoffInbox(allow_uids=...) lets it in")
+            line.close()
             return
-        if line.peer.uid != os.geteuid():
+        if line.peer.uid != self._uid:
             line.acknowledge()  # it waits for this word
         if not self._lines:
             reaper.watch(self, None, _SWEEP, self._sweep)
         self._lines[sock.fileno()] = line
         self._ready.register(sock, select.EPOLLIN)
+        if len(self._lines) >= MAX_SESSIONS:
+            self._ready.modify(self._listener, 0)
 
-    def _read(self, line: _Line) -> bool:
-        """One message, if there is one. It is looked at first: if this process has no room for its descriptors, it
-        stays queued."""
-        try:
-            data, fds, flags = _native.take_message(line.sock.fileno())
-            if flags & socket.MSG_CTRUNC:
-                close_all(fds)
-                raise TooManyDescriptors(
-                    "no descriptor left for the sockets that wait in the inbox; nothing is lost",
-                    hint="close some, or raise RLIMIT_NOFILE, and receive again",
-                )
-        except BlockingIOError:
-            return False
-        except OSError:
-            data, fds = b"", []
-        self._recent = line
-        try:
-            if not data:
-                self._end(line)
-            else:
-                self._understand(line, data, fds)
-        except InvalidInformation as error:
-            close_all(fds)
-            line.refuse(str(error))
+    def _read(self, line: Line) -> bool:
+        there = line.read()
+        if line.ended:
             self._end(line)
-        return True
+        elif there:
+            self._recent = line
+        return there
 
-    def _understand(self, line: _Line, data: bytes, fds: list[int]) -> None:
-        kind = data[0]
-        if kind == wire.Kind.CLAIMS:
-            claims = wire.unpack_claims(data)
-            for claim, own in zip(claims, _shares([claim.descriptors for claim in claims], fds), strict=True):
-                self._addressed[claim.nonce] = claim, own
-            line.received += len(claims)
-        elif kind == wire.Kind.RECORDS:
-            plain = _native.split and _native.split(data, fds, *myself(), line.peer.pid)
-            if plain is not None:
-                self._queue += plain
-                line.received += len(plain)
-            else:
-                self._keep(line, [wire.SocketInformation(record) for record in wire.unpack_records(data)], fds)
-        elif kind == wire.Kind.HEAD and not line.size:
-            line.size, line.parts, line.fds = wire.unpack_count(data, 4), [data[5:]], fds
-        elif kind == wire.Kind.REST and line.size and not fds:
-            line.parts.append(data[1:])
-        else:
-            raise InvalidInformation(f"a message of kind {kind} out of place")
-        if line.size:
-            self._assemble(line)
-        if line.received - line.acknowledged >= ACK_EVERY:
-            line.acknowledge()
-
-    def _assemble(self, line: _Line) -> None:
-        there = sum(map(len, line.parts))
-        if line.size > wire.MAX_RECORD or there > line.size:
-            raise InvalidInformation(f"a record of {line.size} bytes in parts of {there}: at most {wire.MAX_RECORD}")
-        if there == line.size:
-            info, fds = wire.SocketInformation(b"".join(line.parts)), line.fds
-            line.forget_parts()
-            try:
-                self._keep(line, [info], fds)
-            except InvalidInformation:
-                close_all(fds)
-                raise
-
-    def _keep(self, line: _Line, infos: list[wire.SocketInformation], fds: list[int]) -> None:
-        for info, own in zip(infos, _shares([1 + info.head.descriptors for info in infos], fds), strict=True):
-            head = info.head
-            if (head.target_pid, head.target_start) != myself() or head.source_pid != line.peer.pid:
-                close_all(own)  # a record for somebody else, or in somebody else's name
-            else:
-                self._queue.append((head.expires_ns, bytes(info), own))
-        line.received += len(infos)
-
-    def _end(self, line: _Line) -> None:
-        close_all(line.fds)
+    def _end(self, line: Line) -> None:
         if self._recent is line:
             self._recent = None
-        self._lines.pop(line.sock.fileno(), None)
+        if len(self._lines) >= MAX_SESSIONS:
+            self._ready.modify(self._listener, select.EPOLLIN)
+        del self._lines[line.sock.fileno()]
         self._ready.unregister(line.sock)
-        line.sock.close()
+        line.close()
+
+    def _first_comes(self) -> None:
+        """In the reaper: a source has connected to an inbox that nobody may ever look into."""
+        reaper.watch(self, None, 0, self._sweep)
 
     def _sweep(self) -> float | None:
         """In the reaper: closes what has expired, read or unread, even if nobody ever asks for it."""
@@ -351,23 +340,30 @@ class HandoffInbox:
         try:
             if self._closed:
                 return None
+            stuck = False
             try:
                 self._pump()
-            except (TooManyDescriptors, OSError):
-                pass
-            self._queue = deque(one for one in self._queue if self._fresh(one[0], one[2]))
+            except TooManyDescriptors:
+                stuck = True
+            fresh = [one for one in self._queue if self._fresh(one[0], one[2])]
+            self._queue.clear()
+            self._queue += fresh
             for nonce, (claim, fds) in list(self._addressed.items()):
                 if not self._fresh(claim.expires_ns, fds):
                     del self._addressed[nonce]
             self._ring()
-            return _SWEEP if self._lines or self._queue or self._addressed else None
+            if stuck or self._lines or self._queue or self._addressed:
+                return _SWEEP
+            reaper.watch(self, self._listener.fileno(), _HOUR, self._first_comes)
+            return None
         finally:
             self._lock.release()
 
     # -- closing --------------------------------------------------------------------------------------------------
 
     def close(self) -> None:
-        """Closes it and every socket that nobody asked for. Closing twice is fine."""
+        """Closes it and every socket that nobody asked for; who waits in `receive` gets `ObjectClosed`. Closing twice
+        is fine."""
         global _inbox
         with self._lock:
             if self._closed:
@@ -377,18 +373,28 @@ class HandoffInbox:
                 _inbox = None
             reaper.forget(self)
             self._close_all()
+            if self._waiters:
+                os.eventfd_write(self._bell, 1)  # they wake, see, and the last one releases it
+            else:
+                self._release()
 
     def _close_all(self) -> None:
         for line in self._lines.values():
-            close_all(line.fds)
-            line.sock.close()
-        for fds in (*(one[2] for one in self._queue), *(one[1] for one in self._addressed.values())):
+            line.close()
+        self._discard(self._queue)
+        for _, fds in self._addressed.values():
             close_all(fds)
         self._lines.clear()
-        self._recent = None
+        self._recent = self._failure = None
         self._queue.clear()
         self._addressed.clear()
         self._listener.close()
+
+    def _discard(self, waiting: Iterable[Waiting]) -> None:
+        for _, _, fds in waiting:
+            close_all(fds)
+
+    def _release(self) -> None:
         self._ready.close()
         os.close(self._bell)
 
@@ -399,23 +405,15 @@ class HandoffInbox:
         self.close()
 
 
-def _shares(weights: list[int], fds: list[int]) -> list[list[int]]:
-    """The descriptors of a message, cut into those of each of its records."""
-    if sum(weights) != len(fds):
-        raise InvalidInformation(f"{len(fds)} descriptors came with records that name {sum(weights)}")
-    shares, at = [], 0
-    for weight in weights:
-        shares.append(fds[at : at + weight])
-        at += weight
-    return shares
-
-
 def _after_fork() -> None:
     """A child is another process: the inbox, and what lies in it, is its parent's."""
-    global _inbox
+    global _inbox, _opening
+    _opening = threading.Lock()
     if _inbox is not None:
+        _inbox._lock = threading.RLock()  # a thread that does not exist here may have held it
         _inbox._closed = True
         _inbox._close_all()
+        _inbox._release()
         _inbox = None
 
 

@@ -23,15 +23,20 @@ from ..errors import (
     InvalidInformation,
     ProcessNotFound,
     SourceGone,
+    TooManyDescriptors,
 )  # fmt: skip
 from ..wire.handoff import SocketInformation, digest
 from . import reaper
-from .fdpass import close_all
-from .process import Pidfd, peer_of, start_time, take_descriptor, user_name
+from .fdpass import close_all, send_descriptors
+from .process import Pidfd, peer_of, start_time, take_descriptor, user_name, within_limits
+from .record import myself
 
 __all__ = ["Offer", "pending_offer", "take_offer"]
 
 _offers: dict[bytes, Offer] = {}
+_lapsed: dict[bytes, None] = {}
+_REMEMBERED = 4096
+"""Offers that ended untaken, for `outcome`; the oldest are forgotten."""
 _ptracer = threading.Lock()
 _TAKEN = b"taken"
 
@@ -43,7 +48,8 @@ class Offer:
 
     def __init__(self) -> None:
         # The queue is filled from `line`, which then tells the source that the target has dequeued.
-        self.line, self.queue = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
+        with within_limits("an offer, which needs two until it is claimed"):
+            self.line, self.queue = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
         self.nonce = b""
         self.taken, self.done, self._ptrace = False, threading.Event(), False
         self.then: list[Callable[[], object]] = []
@@ -54,18 +60,19 @@ class Offer:
         """What the record names: the descriptor's number in the source."""
         return self.queue.fileno()
 
-    def publish(self, info: SocketInformation, fds: Sequence[int], seconds: float, *, ptrace: bool) -> None:
+    def publish(self, info: SocketInformation, fds: Sequence[int], seconds: float, deadline: Deadline) -> None:
+        """Makes it claimable for `seconds`. Waits while this user has too many descriptors in flight
+        (`OperationTimeout`)."""
+        send_descriptors(self.line, digest(bytes(info)), fds, timeout=deadline.remaining())
         self.nonce = info.nonce
-        _native.send_message(self.line.fileno(), digest(bytes(info)), list(fds), socket.MSG_DONTWAIT)
-        if ptrace:
-            self._permit(info.target_pid, seconds)
         _offers[self.nonce] = self
         reaper.watch(self, self.line.fileno(), seconds, self._settle)
 
-    def _permit(self, pid: int, seconds: float) -> None:
+    def permit(self, pid: int, deadline: Deadline) -> None:
         """Yama lets one process more inspect this one at a time, so such offers wait for each other."""
-        if not _ptracer.acquire(timeout=seconds):
-            raise Deadline(seconds).error("waiting for the Yama permission that another offer holds")
+        left = deadline.remaining()
+        if not _ptracer.acquire(timeout=-1 if left is None else left):
+            raise deadline.error("waiting for the Yama permission that another offer holds")
         self._ptrace = True
         try:
             _native.set_ptracer(pid)
@@ -93,16 +100,20 @@ class Offer:
 
     def withdraw(self) -> None:
         """Nobody can take it any more. Also empties the queue, which a forked child may hold open."""
-        _offers.pop(self.nonce, None)
         try:
             close_all(_native.receive_message(self.queue.fileno(), 64, socket.MSG_DONTWAIT)[1])
         except OSError:
             self.taken = True  # somebody emptied it
+        if not self.taken and self.nonce:
+            _lapsed[self.nonce] = None
+            while len(_lapsed) > _REMEMBERED:
+                del _lapsed[next(iter(_lapsed))]
+        _offers.pop(self.nonce, None)
         self.queue.close()
         self.line.close()
         self._forbid()
         self.done.set()
-        for call in self.then:
+        for call in tuple(self.then):
             call()
 
     def close_in_child(self) -> None:
@@ -110,9 +121,15 @@ class Offer:
         self.line.close()
 
 
-def pending_offer(nonce: bytes) -> Offer | None:
-    """The offer of this process that waits under `nonce`, if it still does."""
-    return _offers.get(nonce)
+def pending_offer(info: SocketInformation) -> Offer | None:
+    """The offer of this process that waits to be claimed; None when it was, or when nobody needs this process for it.
+    `InformationExpired` when its time ended first, ValueError for another process's record."""
+    if (info.source_pid, info.head.source_start) != myself():
+        raise ValueError(f"this record was made by pid {info.source_pid}, not by this process")
+    offer = _offers.get(info.nonce)
+    if offer is None and info.nonce in _lapsed:
+        raise expired(info)
+    return offer
 
 
 def take_offer(info: SocketInformation, allowed: frozenset[int]) -> list[int]:
@@ -121,20 +138,19 @@ def take_offer(info: SocketInformation, allowed: frozenset[int]) -> list[int]:
     try:
         _check_source(queue, info, allowed)
         queued = queue.recv(64, socket.MSG_DONTWAIT | socket.MSG_PEEK)  # without room for descriptors: none is made
+        if not queued:
+            raise _used(info)  # the source has closed its end since: it was told of the claim, or the time was over
         if queued != digest(bytes(info)):
             raise InvalidInformation(
                 f"this record is not the one that pid {info.source_pid} made: tampered with, or a stale number",
                 hint="carry the bytes unchanged",
             )
-        _, fds, flags = _native.receive_message(queue.fileno(), 64, socket.MSG_DONTWAIT)
-        if not fds or flags & socket.MSG_CTRUNC:
-            close_all(fds)
-            raise _used(info)
+        fds = _dequeue(queue)
         try:
             queue.send(_TAKEN, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
         except OSError:
             pass  # the source ended meanwhile; what was dequeued is ours
-        return list(fds)
+        return fds
     except BlockingIOError:
         raise _used(info) from None
     except OSError as error:
@@ -143,6 +159,18 @@ def take_offer(info: SocketInformation, allowed: frozenset[int]) -> list[int]:
         raise
     finally:
         queue.close()
+
+
+def _dequeue(queue: socket.socket) -> list[int]:
+    """Looks, and takes only what fits: whoever takes the message off the queue has won."""
+    _, fds, flags = _native.take_message(queue.fileno())
+    if flags & socket.MSG_CTRUNC:
+        close_all(fds)
+        raise TooManyDescriptors(
+            "no descriptor left in this process for the socket; it can still be claimed",
+            hint="close some, or raise RLIMIT_NOFILE, and try again",
+        )
+    return list(fds)
 
 
 def _used(info: SocketInformation) -> InformationUsed:
@@ -156,7 +184,10 @@ def _fetch_queue(info: SocketInformation) -> socket.socket:
     head = info.head
     try:
         if head.source_pid == os.getpid():
-            fd = os.dup(head.source_fd)
+            if head.source_start != myself()[1]:
+                raise ProcessNotFound(f"pid {head.source_pid} is another process by now")
+            with within_limits("the socket"):
+                fd = os.dup(head.source_fd)
         else:
             with Pidfd(head.source_pid) as process:
                 if start_time(head.source_pid) != head.source_start:
@@ -202,6 +233,7 @@ def _after_fork() -> None:
     for offer in _offers.values():
         offer.close_in_child()
     _offers.clear()
+    _lapsed.clear()
     _ptracer = threading.Lock()
 
 

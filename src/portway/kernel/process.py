@@ -11,14 +11,28 @@ import pwd
 import select
 import socket
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 from .._accel import handoff as _native
 from ..errors import AccessDenied, NotSupported, ProcessNotFound, TooManyDescriptors
 from ..lifecycle import Handle
 
-__all__ = ["Peer", "Pidfd", "peer_of", "start_time", "take_descriptor", "uid_of", "uids", "user_name"]
+__all__ = ["Peer", "Pidfd", "peer_of", "start_time", "take_descriptor", "uid_of", "uids", "user_name",
+           "within_limits"]  # fmt: skip
+
+
+@contextmanager
+def within_limits(doing: str) -> Iterator[None]:
+    """Turns EMFILE and ENFILE into `TooManyDescriptors`; ``doing`` completes "no descriptor left for ..."."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.EMFILE, errno.ENFILE):
+            raise
+        hint = "close some, or raise RLIMIT_NOFILE"
+        raise TooManyDescriptors(f"no descriptor left for {doing}", hint=hint) from error
 
 
 class Peer(NamedTuple):
@@ -40,7 +54,7 @@ def start_time(pid: int) -> int:
     pid and start time together name a process for good; a pid alone is used again.
     """
     try:
-        with open(f"/proc/{pid}/stat", "rb") as file:
+        with within_limits("reading /proc"), open(f"/proc/{pid}/stat", "rb") as file:
             stat = file.read()
     except (FileNotFoundError, ProcessLookupError):
         raise ProcessNotFound(f"pid {pid}: no such process") from None
@@ -51,10 +65,12 @@ def start_time(pid: int) -> int:
 
 
 def uid_of(pid: int) -> int:
-    """The effective uid of `pid`; `ProcessNotFound` if there is none."""
+    """The effective uid of `pid`; `ProcessNotFound` if there is none, or if that is the number of a thread."""
     try:
-        with open(f"/proc/{pid}/status", "rb") as file:
+        with within_limits("reading /proc"), open(f"/proc/{pid}/status", "rb") as file:
             for line in file:
+                if line.startswith(b"Tgid:") and int(line.split()[1]) != pid:
+                    raise ProcessNotFound(f"pid {pid} is a thread of process {int(line.split()[1])}")
                 if line.startswith(b"Uid:"):
                     return int(line.split()[2])
     except (FileNotFoundError, ProcessLookupError):
@@ -64,6 +80,8 @@ def uid_of(pid: int) -> int:
 
 def uids(allowed: Iterable[int | str]) -> frozenset[int]:
     """Uids from numbers and user names; `ValueError` names the one that does not exist."""
+    if isinstance(allowed, str):
+        raise ValueError(f"allow_uids={allowed!r}: give several, as ({allowed!r},)")
     found = set()
     for one in allowed:
         if isinstance(one, int):
@@ -94,10 +112,11 @@ class Pidfd(Handle):
     def __init__(self, pid: int) -> None:
         super().__init__(-1)
         self.pid = pid
-        if pid <= 0:
+        if not 0 < pid < 1 << 31:
             raise ProcessNotFound(f"pid {pid}: not a process id", hint="give a number above 0")
         try:
-            self._fd = os.pidfd_open(pid)
+            with within_limits("a pidfd"):
+                self._fd = os.pidfd_open(pid)
         except ProcessLookupError:
             raise ProcessNotFound(f"pid {pid}: no such process") from None
         except OSError as error:
@@ -107,8 +126,8 @@ class Pidfd(Handle):
                 raise NotSupported(
                     "pidfd_open is forbidden here", hint="a seccomp filter of the container refuses it; allow it there"
                 ) from error
-            if error.errno == errno.EMFILE:
-                raise TooManyDescriptors("no descriptor left for a pidfd", hint="raise RLIMIT_NOFILE") from error
+            if error.errno in (errno.EINVAL, errno.ENOENT):
+                raise ProcessNotFound(f"pid {pid} is a thread, not a process") from None
             raise
 
     @property
@@ -140,6 +159,5 @@ def take_descriptor(process: Pidfd, fd: int) -> int:
                 "not dumpable, Yama's ptrace_scope, or a container's seccomp filter",
                 hint="let the target open a portway.HandoffInbox, or see `portway doctor`",
             ) from error
-        if error.errno == errno.EMFILE:
-            raise TooManyDescriptors("no descriptor left in this process", hint="raise RLIMIT_NOFILE") from error
-        raise
+        with within_limits("a duplicate in this process"):
+            raise

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import select
+import sys
 import threading
 from collections.abc import Callable
 from contextlib import suppress
@@ -61,13 +62,20 @@ class _Reaper:
                     os.close(bell)
                     return
             for one in self._due(watched, bell):
-                again = one.call()
+                again = self._call(one)
                 with self.lock:
                     if self.watched.get(id(one.key)) is one:
                         if again is None:
                             del self.watched[id(one.key)]
                         else:
                             one.deadline = Deadline(again)
+
+    def _call(self, one: _Watched) -> float | None:
+        try:
+            return one.call()
+        except Exception:  # one that fails must not keep the others from expiring
+            threading.excepthook(threading.ExceptHookArgs((*sys.exc_info(), threading.current_thread())))
+            return None
 
     def _due(self, watched: list[_Watched], bell: int) -> list[_Watched]:
         poll = select.poll()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import math
 import os
 import socket
 import sys
@@ -31,6 +30,7 @@ _encode = wire.encode_record
 _LISTENING, _CONNECTED, _NONBLOCKING, _TIMEOUT = (
     int(flag) for flag in (wire.Flag.LISTENING, wire.Flag.CONNECTED, wire.Flag.NONBLOCKING, wire.Flag.TIMEOUT)
 )
+_CENTURY = 3_000_000_000  # what 64 bits of nanoseconds hold thrice
 _me: tuple[int, int] | None = None
 _random = b""
 _random_at = 0
@@ -64,8 +64,8 @@ def nonces(count: int) -> bytes:
 
 
 def check_seconds(name: str, value: float) -> float:
-    if not 0 < value < math.inf:
-        raise ValueError(f"{name}={value!r}: give seconds above 0")
+    if not 0 < value <= _CENTURY:
+        raise ValueError(f"{name}={value!r}: give seconds above 0, at most {_CENTURY}")
     return value
 
 
@@ -82,6 +82,8 @@ class Draft:
         self._facts = facts = _facts(sock, fd)
         if timeout is KEEP:
             timeout = sock.gettimeout()
+        elif timeout is not None and not 0 <= timeout <= _CENTURY:
+            raise ValueError(f"timeout={timeout!r} for the target: give seconds >= 0, or None to wait without limit")
         flags = 0 if timeout is None else _TIMEOUT if timeout else _NONBLOCKING
         if facts[3]:
             flags |= _LISTENING
@@ -128,6 +130,8 @@ def draft(
     else:
         by = handoff_provider(provider or "kernel") if not isinstance(provider, Handoff) else provider
         parcel = by.duplicate(obj, pid)
+        if (unread and parcel.unread) or (state and parcel.state):
+            raise ValueError(f"provider {by.name!r} brings unread bytes or state of its own: leave unread=, state= out")
         unread, state = unread or parcel.unread, state or parcel.state
         size = len(unread) + len(state)
         if len(parcel.reserved) > wire.MAX_RESERVED:

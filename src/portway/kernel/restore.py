@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import _socket
+import errno
 import time
 from typing import Any
 
 from .._accel import handoff as _native
-from ..errors import InvalidInformation, WrongProcess
+from ..errors import InvalidInformation, PortwayError, WrongProcess
 from ..provider import Parcel, handoff_provider
-from ..wire.handoff import Flag, SocketInformation
+from ..wire.handoff import SocketInformation
 from .fdpass import close_all
 from .offer import expired
 from .record import myself
@@ -19,7 +20,7 @@ __all__ = ["check_record", "restore"]
 
 _shortcut = _native.shared
 _initialise = _socket.socket.__init__
-_NONBLOCKING, _TIMEOUT = int(Flag.NONBLOCKING), int(Flag.TIMEOUT)
+_default_timeout = _socket.getdefaulttimeout
 
 
 def check_record(info: SocketInformation) -> None:
@@ -37,34 +38,49 @@ def check_record(info: SocketInformation) -> None:
 
 
 def restore(record: bytes, fds: list[int]) -> Any:
-    """The object of a record that is known to be whole; owns the descriptors, and closes them all if it fails."""
-    if _shortcut is not None and len(fds) == 1:
-        plain = _shortcut(SharedSocket, _initialise, record, fds[0])
-        if plain is not None:
-            return plain
-    info = SocketInformation(record)
-    head = info.head
+    """The object of a record that is known to be whole; owns the descriptors, and closes them all if it fails.
+
+    `InvalidInformation` when they are not what the record says, and what the record's provider raises.
+    """
     try:
-        if len(fds) != 1 + head.descriptors:
-            raise InvalidInformation(f"{len(fds)} descriptors came for a record that names {1 + head.descriptors}")
-        sock = SharedSocket(head.family, head.type, head.protocol, fds[0])
-    except BaseException:
+        if _shortcut is not None and len(fds) == 1 and _default_timeout() is None:
+            plain = _shortcut(SharedSocket, _initialise, record, fds[0])
+            if plain is not None:
+                return plain
+        info = SocketInformation(record)
+        sock = _shared(info, record, fds)
+    except BaseException as error:
         close_all(fds)
+        if isinstance(error, OSError) and error.errno in (errno.ENOTSOCK, errno.EBADF):
+            raise InvalidInformation("a record of a socket came with a descriptor that is none") from None
         raise
+    return sock if info.provider == "kernel" else _by_provider(info, sock, fds[1:])
+
+
+def _shared(info: SocketInformation, record: bytes, fds: list[int]) -> SharedSocket:
+    head = info.head
+    if len(fds) != 1 + head.descriptors:
+        raise InvalidInformation(f"{len(fds)} descriptors came for a record that names {1 + head.descriptors}")
+    if head.descriptors and info.provider == "kernel":
+        raise InvalidInformation(f"a record of the kernel provider with {head.descriptors} descriptors besides")
+    sock = SharedSocket(head.family, head.type, head.protocol, fds[0])
     sock._record = record
-    if head.flags & (_NONBLOCKING | _TIMEOUT):
-        sock.settimeout(info.timeout)
-    if info.provider == "kernel":
-        return sock
-    return _by_provider(info, sock, fds[1:])
+    sock.settimeout(info.timeout)
+    return sock
 
 
 def _by_provider(info: SocketInformation, sock: SharedSocket, descriptors: list[int]) -> Any:
     parcel = Parcel(sock, info.provider_reserved, descriptors, info.unread, info.state)
     try:
         return handoff_provider(info.provider).restore(parcel)
-    except BaseException:
+    except PortwayError:
         sock.close()
         raise
+    except Exception as error:
+        sock.close()
+        raise InvalidInformation(
+            f"the provider {info.provider!r} could not restore what came: {type(error).__name__}: {error}",
+            hint="the same version of it on both sides",
+        ) from error
     finally:
         close_all(parcel.descriptors)

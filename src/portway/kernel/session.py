@@ -12,6 +12,7 @@ import select
 import socket
 import threading
 import time
+import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from types import TracebackType
 from typing import Any, Self
@@ -22,7 +23,7 @@ from ..errors import AccessDenied, HandoffRefused, ObjectClosed, ProcessNotFound
 from ..provider import Handoff
 from ..wire import handoff as wire
 from .fdpass import MAX_DESCRIPTORS, poll_for
-from .process import Pidfd, peer_of, start_time, uid_of, uids, user_name
+from .process import Pidfd, peer_of, start_time, uid_of, uids, user_name, within_limits
 from .record import KEEP, Draft, Keep, check_seconds, draft, myself, nonces
 from .shared import SharedSocket
 
@@ -33,6 +34,7 @@ MAX_MESSAGE = 60_000
 _PLAIN = (socket.socket, SharedSocket)
 _ONE = slice(0, 1)
 _QUEUED = int(wire.Flag.QUEUED)
+_open: weakref.WeakSet[HandoffSession] = weakref.WeakSet()
 WINDOW = 512
 """Sockets sent and not yet acknowledged; beyond it the sender waits for the target."""
 
@@ -48,7 +50,8 @@ class HandoffSession:
 
     `send` and `send_many` deliver sockets to the target's `HandoffInbox.receive`; `duplicate` and `duplicate_many`
     give records that travel by any other way, for the target's `socket_from`. All keep the caller's sockets open;
-    close them when you like, the connections live. Thread-safe; `close` or leave ``with`` to end it.
+    close them when you like, the connections live. Thread-safe; `close` or leave ``with`` to end it. In a forked child
+    it is closed: a child is another process and opens its own.
 
     allow_uids: further users, numbers or names, that the target may belong to; else it must be ours, root included.
     expires: seconds that a record stays valid. timeout: seconds that connecting, and each call, may wait for the target
@@ -65,7 +68,13 @@ class HandoffSession:
         self._me, self._uid = myself(), os.geteuid()
         self._lock = threading.Lock()
         self._process = Pidfd(pid)
-        self._line = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            with within_limits(f"a session to pid {pid}"):
+                self._line = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        except BaseException:
+            self._process.close()
+            raise
+        _open.add(self)
         try:
             self._start = check_target(pid, uids(allow_uids), start_time)
             self._line.setblocking(False)
@@ -87,14 +96,21 @@ class HandoffSession:
             except BlockingIOError:  # its backlog is full, and the kernel has no event for that
                 deadline.check(f"connecting to the inbox of pid {self.pid}")
                 time.sleep(0.001)
+            except OSError as error:
+                if error.errno != errno.EPROTOTYPE:
+                    raise
+                raise self._squatted("a socket that is no inbox") from None
         owner = peer_of(self._line)
         if owner.pid != self.pid:
-            raise AccessDenied(
-                f"the inbox of pid {self.pid} is held by pid {owner.pid} of uid {user_name(owner.uid)}",
-                hint="find out who that is; duplicate by process id meanwhile",
-            )
+            raise self._squatted(f"pid {owner.pid} of uid {user_name(owner.uid)}")
         if owner.uid != os.geteuid():
             self._read_acknowledgement(deadline)  # another user's inbox says first whether it lets us in
+
+    def _squatted(self, by: str) -> AccessDenied:
+        return AccessDenied(
+            f"the inbox name of pid {self.pid} is held by {by}",
+            hint="find out who that is; duplicate by process id meanwhile",
+        )
 
     # -- sending --------------------------------------------------------------------------------------------------
 
@@ -298,3 +314,12 @@ def check_target(pid: int, allowed: frozenset[int], expected_start: int | None) 
     return started
 
 
+def _after_fork() -> None:
+    """A child is another process: a line that it held open would look to the target as if its source still lived."""
+    for session in list(_open):
+        session._lock = threading.Lock()  # a thread that does not exist here may have held it
+        session._shut()
+    _open.clear()
+
+
+os.register_at_fork(after_in_child=_after_fork)

@@ -13,9 +13,11 @@ import fcntl
 import os
 import select
 import socket
+import time
 from collections.abc import Callable, Iterable
 from typing import Any, Self
 
+from .._accel import handoff as _native
 from ..deadline import Deadline
 from ..wire.handoff import SocketInformation
 
@@ -45,6 +47,8 @@ class SharedSocket(socket.socket):
     def __init__(self, family: int = -1, type: int = -1, proto: int = -1, fileno: int | None = None) -> None:
         super().__init__(family, type, proto, fileno)
         self._mode = super().gettimeout()
+        if self._mode:  # socket.setdefaulttimeout(): the base class must not wait on its own
+            super().settimeout(0)
         self._record = None
 
     @property
@@ -197,6 +201,8 @@ class SharedSocket(socket.socket):
         """(socket, address); the socket is a plain one, nobody shares it."""
 
         def take() -> tuple[int, Any]:
+            if self._mode != 0 and not _native.readable(self.fileno()):
+                raise BlockingIOError(errno.EAGAIN, "no connection waits")  # nobody may clear the flag under a wait
             self._set_nonblock()
             accepted: tuple[int, Any] = self._accept()  # type: ignore[attr-defined]
             return accepted
@@ -211,10 +217,16 @@ class SharedSocket(socket.socket):
 
     def connect_ex(self, address: Any, /) -> int:
         self._set_nonblock()
+        deadline = Deadline(self._mode)
         code = super().connect_ex(address)
-        if code in (errno.EINPROGRESS, errno.EAGAIN) and self._mode != 0:
+        while code == errno.EAGAIN and self._mode != 0:  # a Unix listener with a full queue: there is no event for it
+            if deadline.expired:
+                return errno.ETIMEDOUT
+            time.sleep(0.001)
+            code = super().connect_ex(address)
+        if code == errno.EINPROGRESS and self._mode != 0:
             try:
-                self._wait(_OUT, Deadline(self._mode))
+                self._wait(_OUT, deadline)
             except TimeoutError:
                 return errno.ETIMEDOUT
             code = self.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)

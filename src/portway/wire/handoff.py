@@ -38,6 +38,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import math
 import socket
 import struct
 from collections.abc import Sequence
@@ -125,6 +126,7 @@ class Claim(NamedTuple):
     descriptors: int
 
 
+_TIMEOUT = int(Flag.TIMEOUT)
 _CLAIM = struct.Struct("<16s32sqH")
 _HEAD = struct.Struct("<4sHHHHIQIQIiqd16sHHHHIII")
 HEAD_SIZE = _HEAD.size
@@ -163,6 +165,8 @@ def decode_head(record: bytes) -> Head:
     if size != announced:
         what = "truncated" if size < announced else "tampered"
         raise InvalidInformation(f"a {what} record: {size} bytes, its lengths add up to {announced}")
+    if head.flags & _TIMEOUT and not 0 < head.timeout < math.inf:
+        raise InvalidInformation(f"a record with a timeout of {head.timeout} s")
     if head.unread_size + head.state_size > MAX_PAYLOAD or head.reserved_size > MAX_RESERVED:
         raise InvalidInformation(
             f"a record with {head.unread_size} unread, {head.state_size} state, {head.reserved_size} reserved bytes: "
@@ -188,7 +192,7 @@ class SocketInformation:
     """The fixed part, decoded."""
 
     def __init__(self, data: bytes) -> None:
-        self._raw = bytes(data)
+        self._raw = data if type(data) is bytes else bytes(memoryview(data))  # bytes(5) would be five zeros
         self.head = decode_head(self._raw)
 
     @classmethod
