@@ -4,6 +4,7 @@ our account of its places."""
 from __future__ import annotations
 
 import itertools
+import os
 import socket
 import threading
 
@@ -37,7 +38,7 @@ def lands_at(group: TcpGroup, address: tuple[str, int] | None = None) -> Listene
 
 
 # Each number is a choice among what is possible then: take, promote one of the taken, release one that is not ready.
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.lists(st.integers(0, 30), max_size=25))
 def test_only_the_ready_one_gets_connections(steps: list[int]) -> None:
     group, numbers = opened(), itertools.count(1)
@@ -90,7 +91,7 @@ def test_no_moment_between_when_members_leave(text: str) -> None:
     for thread in threads:
         thread.start()
     numbers = itertools.count(2)
-    for _ in range(60):
+    while accepted[0] < 1500 and not failed:
         others = [group.take(next(numbers)) for _ in range(3)]
         for other in (others[1], others[0], others[2]):
             group.release(other)
@@ -99,7 +100,6 @@ def test_no_moment_between_when_members_leave(text: str) -> None:
         thread.join()
     group.close()
     assert not failed, failed[:3]
-    assert accepted[0] > 60
 
 
 def test_ready_that_stands_last_does_not_move() -> None:
@@ -217,6 +217,4 @@ def test_unix_group_binds_beside_and_renames(world_path: str) -> None:
     third = group.take(3)
     group.release(third)
     group.close()
-    import os
-
     assert os.listdir(world_path) == []
