@@ -66,7 +66,7 @@ class Server:
         raise NotImplementedError
 
     def reload(self) -> None:
-        """Returns when the new code serves and the old process is gone, or raises `Failed`."""
+        """Replaces the code, or raises `Failed`. Returns when the server's own way says so: see each contender."""
         raise NotImplementedError
 
     def uvicorn(self, *more: str) -> list[str]:
@@ -118,7 +118,7 @@ class Server:
         return found
 
     def hang_up(self) -> None:
-        """SIGHUP to the master; waits until other workers than before run."""
+        """SIGHUP to the master; waits until the old workers are gone and as many others exist, ready or not."""
         old = self.children()
         self.signal(signal.SIGHUP)
         wait_for(f"{self.name} has new workers", lambda: self._replaced(old), self.reload_limit)
