@@ -10,7 +10,7 @@ import socket
 import struct
 
 __all__ = ["MAX_DESCRIPTORS", "facts", "pidfd_getfd", "readable", "receive_message", "records", "send_message",
-           "set_ptracer", "shared", "split", "take_message"]  # fmt: skip
+           "set_ptracer", "shared", "shared_many", "split", "take_message"]  # fmt: skip
 
 MAX_DESCRIPTORS = 253  # SCM_MAX_FD, kernel include/net/scm.h
 _SYS_PIDFD_GETFD = 438  # the same on every architecture but alpha
@@ -106,7 +106,7 @@ def _drop(sock: int) -> None:
             line.recv(1, socket.MSG_DONTWAIT)
 
 
-records = split = shared = None
+records = split = shared = shared_many = None
 """Shortcuts of the native module for plain sockets; the long way, which is the specification, serves without them."""
 
 

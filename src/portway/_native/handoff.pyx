@@ -369,6 +369,26 @@ def send_message(int sock, data, list fds, int flags=0):
         PyErr_CheckSignals()
 
 
+def shared_many(cls, initialise, waiting, int64_t now):
+    """`shared` for what stands at the left end of the deque `waiting`, (expires_ns, record, [descriptor]), as long as
+    it is plain and not expired at `now`; what was made leaves the deque, and is returned."""
+    cdef list out = []
+    cdef list fds
+    while waiting:
+        expires, record, fds = waiting[0]
+        if <int64_t>expires <= now or len(fds) != 1:
+            break
+        try:
+            one = shared(cls, initialise, record, fds[0])
+        except OSError:
+            break  # no socket: the long way says so
+        if one is None:
+            break
+        waiting.popleft()
+        out.append(one)
+    return out
+
+
 cdef list _descriptors(msghdr *message):
     cdef list fds = []
     cdef cmsghdr *head = CMSG_FIRSTHDR(message)

@@ -29,7 +29,7 @@ from .fdpass import close_all
 from .line import Addressed, Line, Waiting
 from .process import uids, user_name, within_limits
 from .record import myself
-from .restore import restore
+from .restore import restore, restore_plain
 from .session import inbox_name
 
 __all__ = ["HandoffInbox", "open_inbox"]
@@ -149,9 +149,11 @@ class HandoffInbox:
         restored: list[Any] = []
         try:
             while waiting:
-                expires_ns, record, fds = waiting.popleft()
-                if self._fresh(expires_ns, fds):
-                    restored.append(restore(record, fds))
+                restored += restore_plain(waiting)
+                if waiting:
+                    expires_ns, record, fds = waiting.popleft()
+                    if self._fresh(expires_ns, fds):
+                        restored.append(restore(record, fds))
         except Exception as error:
             if not restored:
                 raise

@@ -5,6 +5,7 @@ from __future__ import annotations
 import _socket
 import errno
 import time
+from collections import deque
 from typing import Any
 
 from .._accel import handoff as _native
@@ -16,9 +17,9 @@ from .offer import expired
 from .record import myself
 from .shared import SharedSocket
 
-__all__ = ["check_record", "restore"]
+__all__ = ["check_record", "restore", "restore_plain"]
 
-_shortcut = _native.shared
+_shortcut, _shortcuts = _native.shared, _native.shared_many
 _initialise = _socket.socket.__init__
 _default_timeout = _socket.getdefaulttimeout
 
@@ -55,6 +56,14 @@ def restore(record: bytes, fds: list[int]) -> Any:
             raise InvalidInformation("a record of a socket came with a descriptor that is none") from None
         raise
     return sock if info.provider == "kernel" else _by_provider(info, sock, fds[1:])
+
+
+def restore_plain(waiting: deque[tuple[int, bytes, list[int]]]) -> list[SharedSocket]:
+    """Makes sockets of the leading records of `waiting` that need no long way; those leave it. May make none."""
+    if _shortcuts is None or _default_timeout() is not None:
+        return []
+    made: list[SharedSocket] = _shortcuts(SharedSocket, _initialise, waiting, time.monotonic_ns())
+    return made
 
 
 def _shared(info: SocketInformation, record: bytes, fds: list[int]) -> SharedSocket:
