@@ -16,6 +16,7 @@ import portway.aio
 from portway.errors import HandoffRefused, ObjectClosed
 
 KIND = "line/1"
+AT_ONCE = 500
 open_connections: set[Line] = set()
 
 
@@ -74,7 +75,7 @@ async def main() -> None:
     if not servers:
         servers = [await loop.create_server(Line, "127.0.0.1", 7000)]
     adopting = asyncio.create_task(adopt(generation))
-    adopting.add_done_callback(lambda task: task.result())
+    adopting.add_done_callback(lambda task: task.cancelled() or task.result())
     generation.ready()
     await generation.draining.wait()
     await asyncio.sleep(0.3)  # what the kernel had queued for us is accepted first
@@ -89,11 +90,12 @@ async def drain(generation: portway.aio.AsyncGeneration) -> None:
     """Moves what there is, and what an even older generation still sends, until the supervisor ends this process."""
     told = False
     while True:
-        await asyncio.gather(*map(move, list(open_connections)))
+        before = len(open_connections)
+        await asyncio.gather(*map(move, list(open_connections)[:AT_ONCE]))
         if not open_connections and not told:
             generation.drained()
             told = True
-        await asyncio.sleep(0.05)
+        await asyncio.sleep(0 if len(open_connections) < before else 0.05)
 
 
 if __name__ == "__main__":

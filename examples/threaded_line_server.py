@@ -87,6 +87,8 @@ def main() -> None:
     threading.Thread(target=adopt, daemon=True).start()
     generation.ready()
     draining.wait()
+    if generation.successor is None:
+        return  # `portway stop`: nobody to move to
     wake[1].send(b".")
     with changed:
         changed.wait_for(lambda: running == 0, generation.drain_remaining)

@@ -95,7 +95,7 @@ class BaseGeneration:
 
     @property
     def supervised(self) -> bool:
-        """Whether a supervisor is there: false outside of `portway run`, and after it was killed."""
+        """Whether there is a line to a supervisor; what is said while none lives, the next one hears."""
         return self._core.control is not None
 
     def drained(self) -> None:

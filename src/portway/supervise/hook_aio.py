@@ -8,7 +8,7 @@ import socket
 from collections.abc import AsyncIterator, Callable
 from typing import NamedTuple
 
-from ..errors import HandoffRefused, ObjectClosed, OperationTimeout, UnsupportedSocket
+from ..errors import HandoffRefused, ObjectClosed, OperationTimeout, TooManyDescriptors, UnsupportedSocket
 from ..wire.handover import Moving
 from .hook import BaseGeneration
 from .hook_core import Core, core
@@ -197,7 +197,8 @@ async def detach(target: asyncio.Transport | asyncio.StreamWriter) -> Detached:
     The socket is the caller's (non-blocking, close-on-exec), and unread are the bytes that a stream's reader had
     buffered; no byte is lost and the connection is not shut down. The protocol sees ``connection_lost(None)``. Nobody
     may be waiting in the stream's reader: cancel that task first (a cancelled ``readline`` keeps what came so far).
-    `UnsupportedSocket` for TLS and pipes, `ObjectClosed` when the connection is closing or is lost meanwhile.
+    `UnsupportedSocket` for TLS and pipes, `ObjectClosed` when the connection is closing or is lost meanwhile,
+    `TooManyDescriptors` (it is served on) when there is no room for the moment in which it has two.
     """
     transport = target.transport if isinstance(target, asyncio.StreamWriter) else target
     raw = transport.get_extra_info("socket")
@@ -212,7 +213,14 @@ async def detach(target: asyncio.Transport | asyncio.StreamWriter) -> Detached:
     if isinstance(transport, asyncio.Transport):
         transport.pause_reading()  # again: a protocol's resume_writing may have resumed it
     unread = _buffered(target) if isinstance(target, asyncio.StreamWriter) else b""
-    sock = socket.socket(fileno=os.dup(raw.fileno()))
+    try:
+        sock = socket.socket(fileno=os.dup(raw.fileno()))
+    except OSError as error:
+        if isinstance(transport, asyncio.Transport):
+            transport.resume_reading()
+        raise TooManyDescriptors(
+            "no descriptor left for a moment's second one", hint="detach fewer at once, or raise RLIMIT_NOFILE"
+        ) from error
     sock.setblocking(False)
     transport.abort()
     await asyncio.sleep(0)

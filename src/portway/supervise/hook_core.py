@@ -34,6 +34,8 @@ class Core:
         self.number, self.name, self.worker = 0, "", 0
         self.sockets: dict[str, socket.socket] = {}
         self.control: socket.socket | None = None
+        self.peer: socket.socket | None = None
+        """Only held: with it a later supervisor takes over the line, and until then the line does not end."""
         self.inbox: socket.socket | None = None
         self.notify_socket = environ.get("NOTIFY_SOCKET", "")
         self.draining = threading.Event()
@@ -58,6 +60,7 @@ class Core:
         self.worker = _number(environ, "PORTWAY_WORKER")
         self.name = environ.get("PORTWAY_NAME", "")
         self.control = _line(environ, "PORTWAY_CONTROL")
+        self.peer = _line(environ, "PORTWAY_CONTROL_PEER")
         self.inbox = _line(environ, "PORTWAY_INBOX")
 
     @property

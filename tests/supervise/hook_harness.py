@@ -9,7 +9,6 @@ from __future__ import annotations
 import array
 import json
 import os
-import select
 import signal
 import socket
 import subprocess
@@ -54,8 +53,11 @@ class Worker:
         self.pid = self.process.pid
 
     def heard(self, verb: str) -> bool:
-        while select.select([self.control], [], [], 0)[0] and (data := self.control.recv(65_536)):
-            self.said.append(json.loads(data))
+        try:
+            while data := self.control.recv(65_536, socket.MSG_DONTWAIT):
+                self.said.append(json.loads(data))
+        except (BlockingIOError, ConnectionResetError):
+            pass
         return any(packet["verb"] == verb for packet in self.said)
 
     def wait_for(self, verb: str) -> None:
