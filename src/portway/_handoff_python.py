@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import array
+import errno
 import fcntl
 import os
 import select
 import socket
 import struct
 
-__all__ = ["MAX_DESCRIPTORS", "facts", "pidfd_getfd", "readable", "receive_message", "records", "send_message",
-           "set_ptracer", "shared", "shared_many", "split", "take_message"]  # fmt: skip
+__all__ = [
+    "MAX_DESCRIPTORS", "facts", "pidfd_getfd", "readable", "receive_message", "records", "send_message", "send_plain",
+    "set_ptracer", "shared", "shared_many", "split", "take_message",
+]  # fmt: skip
 
 MAX_DESCRIPTORS = 253  # SCM_MAX_FD, kernel include/net/scm.h
 _SYS_PIDFD_GETFD = 438  # the same on every architecture but alpha
@@ -67,12 +70,12 @@ def facts(fd: int) -> tuple[int, int, int, bool, bool, bytes, bytes]:
         return family, int(sock.type), sock.proto, listening, connected, local, peer
 
 
-def send_message(sock: int, data: bytes, fds: list[int], flags: int = 0) -> int:
+def send_message(sock: int, data: bytes, fds: list[int]) -> int:
     if len(fds) > MAX_DESCRIPTORS:
         raise ValueError(f"{len(fds)} descriptors in one message: the kernel takes {MAX_DESCRIPTORS}")
     control = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
     with _borrowed(sock) as line:
-        return line.sendmsg([data], control, flags | socket.MSG_NOSIGNAL)
+        return line.sendmsg([data], control, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
 
 
 def receive_message(sock: int, max_bytes: int, flags: int = 0) -> tuple[bytes, list[int], int]:
@@ -86,14 +89,19 @@ def receive_message(sock: int, max_bytes: int, flags: int = 0) -> tuple[bytes, l
     return data, fds, seen
 
 
-def take_message(sock: int) -> tuple[bytes, list[int], int]:
-    data, fds, seen = receive_message(sock, 65536, socket.MSG_DONTWAIT | socket.MSG_PEEK)
+def take_message(sock: int) -> tuple[bytes, list[int], int] | None:
+    try:
+        data, fds, seen = receive_message(sock, 65536, socket.MSG_DONTWAIT | socket.MSG_PEEK)
+    except BlockingIOError:
+        return None
     if not seen & socket.MSG_CTRUNC:
         try:
             _drop(sock)
-        except OSError:
+        except OSError as error:
             for fd in fds:
                 os.close(fd)
+            if error.errno == errno.EAGAIN:
+                return None  # somebody else has taken it between our two looks
             raise
     return data, fds, seen
 
@@ -106,7 +114,7 @@ def _drop(sock: int) -> None:
             line.recv(1, socket.MSG_DONTWAIT)
 
 
-records = split = shared = shared_many = None
+records = send_plain = split = shared = shared_many = None
 """Shortcuts of the native module for plain sockets; the long way, which is the specification, serves without them."""
 
 

@@ -6,7 +6,7 @@
 
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from cpython.exc cimport PyErr_CheckSignals, PyErr_SetFromErrno
-from libc.errno cimport EINTR, errno
+from libc.errno cimport EAGAIN, EINTR, errno
 from libc.math cimport INFINITY
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memcmp, memcpy, memset
@@ -219,6 +219,62 @@ cdef bytes _record(Head *h, Facts *f):
     return record
 
 
+cdef int _describe(sock, tuple types, Head *h, Facts *f, int flags) except -2:
+    """Fills both in for one plain socket; its descriptor, or -1 when it is none of `types` or nothing we know."""
+    cdef int fd
+    if type(sock) not in types:
+        return -1
+    fd = sock.fileno()
+    timeout = sock.gettimeout()
+    try:
+        _facts(fd, f)
+    except OSError:
+        return -1
+    if f.family != AF_INET and f.family != AF_INET6 and f.family != AF_UNIX:
+        return -1
+    h.family, h.kind, h.protocol = f.family, f.kind, f.protocol
+    h.flags = flags | (1 if f.listening else 0) | (2 if f.connected else 0)
+    h.timeout = 0.0
+    if timeout is not None:
+        h.timeout = timeout
+        h.flags |= 8 if h.timeout != 0.0 else 4
+    h.local_size, h.peer_size = f.local_size, f.peer_size
+    return fd
+
+
+cdef void _begin(Head *h, uint32_t pid, uint64_t start, uint32_t me, uint64_t my_start, uint32_t uid,
+                 int64_t expires_ns) noexcept:
+    memset(h, 0, sizeof(Head))
+    memcpy(h.magic, b"PWS\x01", 4)
+    h.target_pid, h.target_start, h.source_pid, h.source_start = pid, start, me, my_start
+    h.source_uid, h.source_fd, h.expires_ns, h.provider_size = uid, -1, expires_ns, 6
+
+
+def send_plain(int line, int pidfd, sock, tuple types, uint32_t pid, uint64_t start, uint32_t me, uint64_t my_start,
+               uint32_t uid, int64_t expires_ns, int flags, bytes nonce):
+    """One plain socket to the target, checks and all, in one message. False when it is not plain, the target has ended
+    or the message does not go out right now: nothing was sent, and the long way knows the reason."""
+    cdef Head h
+    cdef Facts f
+    cdef char buffer[512]
+    cdef uint32_t size
+    cdef uint16_t one = 1
+    if readable(pidfd) or len(nonce) != 16:
+        return False
+    _begin(&h, pid, start, me, my_start, uid, expires_ns)
+    cdef int fd = _describe(sock, types, &h, &f, flags)
+    if fd < 0:
+        return False
+    memcpy(h.nonce, PyBytes_AS_STRING(nonce), 16)
+    cdef bytes record = _record(&h, &f)
+    size = <uint32_t>len(record)
+    buffer[0] = 1  # the message: kind, count, then length and record
+    memcpy(buffer + 1, &one, 2)
+    memcpy(buffer + 3, &size, 4)
+    memcpy(buffer + 7, PyBytes_AS_STRING(record), size)
+    return _send(line, buffer, 7 + size, &fd, 1) >= 0
+
+
 def records(list socks, tuple types, fds_out, uint32_t pid, uint64_t start, uint32_t me, uint64_t my_start, uint32_t uid,
             int64_t expires_ns, int flags, const unsigned char[::1] nonces):
     """The records of plain sockets of exactly these `types`, without luggage; their descriptors are appended to
@@ -231,28 +287,11 @@ def records(list socks, tuple types, fds_out, uint32_t pid, uint64_t start, uint
     cdef int fd
     if nonces.shape[0] < 16 * len(socks):
         raise ValueError("16 bytes of nonces for each socket")
-    memset(&h, 0, sizeof(h))
-    memcpy(h.magic, b"PWS\x01", 4)
-    h.target_pid, h.target_start, h.source_pid, h.source_start = pid, start, me, my_start
-    h.source_uid, h.source_fd, h.expires_ns, h.provider_size = uid, -1, expires_ns, 6
+    _begin(&h, pid, start, me, my_start, uid, expires_ns)
     for sock in socks:
-        if type(sock) not in types:
+        fd = _describe(sock, types, &h, &f, flags)
+        if fd < 0:
             return None
-        fd = sock.fileno()
-        timeout = sock.gettimeout()
-        try:
-            _facts(fd, &f)
-        except OSError:
-            return None
-        if f.family != AF_INET and f.family != AF_INET6 and f.family != AF_UNIX:
-            return None
-        h.family, h.kind, h.protocol = f.family, f.kind, f.protocol
-        h.flags = flags | (1 if f.listening else 0) | (2 if f.connected else 0)
-        h.timeout = 0.0
-        if timeout is not None:
-            h.timeout = timeout
-            h.flags |= 8 if h.timeout != 0.0 else 4
-        h.local_size, h.peer_size = f.local_size, f.peer_size
         memcpy(h.nonce, &nonces[16 * i], 16)
         out.append(_record(&h, &f))
         fds.append(fd)
@@ -331,42 +370,43 @@ def shared(cls, initialise, bytes record, fd):
     return self
 
 
-def send_message(int sock, data, list fds, int flags=0):
-    """One sendmsg() with SCM_RIGHTS; returns the bytes sent. At most 253 descriptors. OSError as the kernel says."""
-    cdef const unsigned char[::1] view = data
+cdef ssize_t _send(int sock, const char *data, size_t size, const int *fds, Py_ssize_t count) noexcept:
+    """One sendmsg() that does not wait; -1 with errno set."""
     cdef msghdr message
     cdef iovec part
     cdef char control[CONTROL]
     cdef cmsghdr *head
-    cdef int *out
-    cdef Py_ssize_t count = len(fds), i
     cdef ssize_t sent
-    if count > MAX_FDS:
-        raise ValueError(f"{count} descriptors in one message: the kernel takes {MAX_FDS}")
     memset(&message, 0, sizeof(message))
-    part.iov_base = <void *>&view[0] if view.shape[0] else NULL
-    part.iov_len = view.shape[0]
-    message.msg_iov = &part
-    message.msg_iovlen = 1
+    part.iov_base, part.iov_len = <void *>data, size
+    message.msg_iov, message.msg_iovlen = &part, 1
     if count:
         memset(control, 0, CMSG_SPACE(count * sizeof(int)))
-        message.msg_control = control
-        message.msg_controllen = CMSG_SPACE(count * sizeof(int))
+        message.msg_control, message.msg_controllen = control, CMSG_SPACE(count * sizeof(int))
         head = CMSG_FIRSTHDR(&message)
-        head.cmsg_level = SOL_SOCKET
-        head.cmsg_type = SCM_RIGHTS
-        head.cmsg_len = CMSG_LEN(count * sizeof(int))
-        out = <int *>CMSG_DATA(head)
-        for i in range(count):
-            out[i] = fds[i]
+        head.cmsg_level, head.cmsg_type, head.cmsg_len = SOL_SOCKET, SCM_RIGHTS, CMSG_LEN(count * sizeof(int))
+        memcpy(CMSG_DATA(head), fds, count * sizeof(int))
     while True:
         with nogil:
-            sent = c_sendmsg(sock, &message, flags | MSG_NOSIGNAL)
-        if sent >= 0:
+            sent = c_sendmsg(sock, &message, MSG_DONTWAIT | MSG_NOSIGNAL)
+        if sent >= 0 or errno != EINTR:
             return sent
-        if errno != EINTR:
-            PyErr_SetFromErrno(OSError)
-        PyErr_CheckSignals()
+
+
+def send_message(int sock, data, list fds):
+    """One sendmsg() with SCM_RIGHTS, without waiting; returns the bytes sent. At most 253 descriptors. OSError as the
+    kernel says."""
+    cdef const unsigned char[::1] view = data
+    cdef int out[MAX_FDS]
+    cdef Py_ssize_t count = len(fds), i
+    if count > MAX_FDS:
+        raise ValueError(f"{count} descriptors in one message: the kernel takes {MAX_FDS}")
+    for i in range(count):
+        out[i] = fds[i]
+    cdef ssize_t sent = _send(sock, <const char *>&view[0] if view.shape[0] else NULL, view.shape[0], out, count)
+    if sent < 0:
+        PyErr_SetFromErrno(OSError)
+    return sent
 
 
 def shared_many(cls, initialise, waiting, int64_t now):
@@ -445,18 +485,34 @@ cdef int _drop(int sock) except -1:
 
 
 def take_message(int sock):
-    """`receive_message` of a whole seqpacket message without waiting, but if there is no room for its descriptors
-    (MSG_CTRUNC in flags) it stays in the queue, and those that came are the caller's to close."""
+    """`receive_message` of a whole seqpacket message without waiting; None when there is none. If there is no room for
+    its descriptors (MSG_CTRUNC in flags) it stays in the queue, and those that came are the caller's to close."""
     cdef char buffer[65536]
     cdef char control[CONTROL]
     cdef msghdr message
-    cdef ssize_t size = _receive(sock, buffer, 65536, control, &message, MSG_DONTWAIT | MSG_PEEK)
+    cdef iovec part
+    cdef ssize_t size
+    while True:
+        memset(&message, 0, sizeof(message))
+        part.iov_base, part.iov_len = buffer, sizeof(buffer)
+        message.msg_iov, message.msg_iovlen = &part, 1
+        message.msg_control, message.msg_controllen = control, CONTROL
+        with nogil:
+            size = c_recvmsg(sock, &message, MSG_DONTWAIT | MSG_PEEK | MSG_CMSG_CLOEXEC)
+        if size >= 0:
+            break
+        if errno == EAGAIN:
+            return None  # not an exception: it is what happens most
+        if errno != EINTR:
+            PyErr_SetFromErrno(OSError)
     cdef list fds = _descriptors(&message)
     if not message.msg_flags & MSG_CTRUNC:
         try:
             _drop(sock)
-        except OSError:
+        except OSError as error:
             for fd in fds:
                 c_close(fd)
+            if error.errno == EAGAIN:
+                return None  # somebody else has taken it between our two looks
             raise
     return PyBytes_FromStringAndSize(buffer, size), fds, message.msg_flags

@@ -47,7 +47,7 @@ def send_descriptors(
     deadline, view, pending = Deadline(timeout), memoryview(data), list(fds)
     while view:
         try:
-            view = view[_native.send_message(sock.fileno(), view, pending, socket.MSG_DONTWAIT) :]
+            view = view[_native.send_message(sock.fileno(), view, pending) :]
             pending = []
         except OSError as error:
             _wait_to_send(sock, error, deadline)

@@ -179,6 +179,7 @@ class HandoffInbox:
                 return
 
     def _next(self, deadline: Deadline) -> Waiting:
+        briefly = deadline.timeout != 0  # before the first wait a look at the last line will do
         while True:
             with self._lock:
                 self._check_open()
@@ -186,7 +187,7 @@ class HandoffInbox:
                     failure, self._failure = self._failure, None
                     raise failure
                 if not self._queue:
-                    self._look()
+                    self._look(briefly)
                 while self._queue:
                     one = self._queue.popleft()
                     if self._fresh(one[0], one[2]):
@@ -195,6 +196,7 @@ class HandoffInbox:
                 self._ring()
                 full = self._full
                 self._waiters += 1
+            briefly = False
             try:
                 self._wait(deadline, full)
             finally:
@@ -222,6 +224,8 @@ class HandoffInbox:
         while True:
             with self._lock:
                 self._check_open()
+                if info.nonce not in self._addressed and self._recent is not None:
+                    self._read(self._recent)  # most likely it is the next one there
                 all_read = info.nonce in self._addressed or self._pump()
                 found = self._addressed.get(info.nonce)
                 if found is not None:
@@ -237,7 +241,7 @@ class HandoffInbox:
             time.sleep(0.001)  # until others have taken theirs
 
     def _check_claim(self, info: wire.SocketInformation, claim: wire.Claim) -> None:
-        if wire.digest(bytes(info)) != claim.digest:
+        if wire.proof(bytes(info)) != claim.proof:
             raise InvalidInformation(
                 f"this record is not the one that pid {info.source_pid} made: tampered with",
                 hint="carry the bytes unchanged",
@@ -265,11 +269,11 @@ class HandoffInbox:
 
     # -- what comes from the kernel -------------------------------------------------------------------------------
 
-    def _look(self) -> None:
+    def _look(self, briefly: bool) -> None:
         """For the next one: most likely it comes from where the last came from."""
         if self._recent is not None and self._streak < _FAIR:
             self._streak += 1
-            if self._read(self._recent):
+            if self._read(self._recent) or briefly:
                 return
         self._streak = 0
         self._pump()

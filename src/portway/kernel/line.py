@@ -45,7 +45,7 @@ class Line:
     def acknowledge(self) -> None:
         """Tells the source how many sockets came."""
         try:
-            _native.send_message(self.sock.fileno(), wire.pack_ack(self.received), [], _DONTWAIT)
+            _native.send_message(self.sock.fileno(), wire.pack_ack(self.received), [])
             self.acknowledged = self.received
         except OSError:
             pass  # the source has ended, or reads none: either way it needs none
@@ -53,7 +53,7 @@ class Line:
     def refuse(self, why: str) -> None:
         """Tells the source why nothing more is taken."""
         try:
-            _native.send_message(self.sock.fileno(), wire.pack_refused(why), [], _DONTWAIT)
+            _native.send_message(self.sock.fileno(), wire.pack_refused(why), [])
         except OSError:
             pass
 
@@ -68,14 +68,15 @@ class Line:
         `TooManyDescriptors` when this process has no room for the descriptors; the message stays in the queue.
         """
         try:
-            data, fds, flags = _native.take_message(self.sock.fileno())
-        except BlockingIOError:
-            return False
+            taken = _native.take_message(self.sock.fileno())
         except ConnectionResetError:
             return True  # the source ended without reading our last word; what it sent still lies behind this
         except OSError:
             self.ended = True
             return True
+        if taken is None:
+            return False
+        data, fds, flags = taken
         if flags & _CTRUNC:
             close_all(fds)
             raise TooManyDescriptors(

@@ -163,7 +163,10 @@ def take_offer(info: SocketInformation, allowed: frozenset[int]) -> list[int]:
 
 def _dequeue(queue: socket.socket) -> list[int]:
     """Looks, and takes only what fits: whoever takes the message off the queue has won."""
-    _, fds, flags = _native.take_message(queue.fileno())
+    taken = _native.take_message(queue.fileno())
+    if taken is None:
+        raise BlockingIOError
+    _, fds, flags = taken
     if flags & socket.MSG_CTRUNC:
         close_all(fds)
         raise TooManyDescriptors(

@@ -32,7 +32,6 @@ __all__ = ["HandoffSession", "inbox_name"]
 MAX_MESSAGE = 60_000
 """Bytes in one message of a session; well under the default send buffer (net.core.wmem_default, 212,992)."""
 _PLAIN = (socket.socket, SharedSocket)
-_ONE = slice(0, 1)
 _QUEUED = int(wire.Flag.QUEUED)
 _open: weakref.WeakSet[HandoffSession] = weakref.WeakSet()
 WINDOW = 512
@@ -120,7 +119,7 @@ class HandoffSession:
         unread and state travel with it, 1 MiB together. timeout is what the target's socket will have; default: what
         ``sock.gettimeout()`` says.
         """
-        if unread or state or timeout is not KEEP or not self._push_plain([sock]):
+        if unread or state or timeout is not KEEP or not self._send_plain(sock):
             self._push([draft(sock, self.pid, unread, state, timeout, None)], wire.Flag.QUEUED)
 
     def send_many(self, socks: Sequence[Any]) -> None:
@@ -134,7 +133,12 @@ class HandoffSession:
         provider: str | Handoff | None = None,
     ) -> wire.SocketInformation:  # fmt: skip
         """`portway.duplicate_socket` over this session: the record is for the target's `socket_from`."""
-        return wire.SocketInformation(self._push([draft(sock, self.pid, unread, state, timeout, provider)], 0)[0])
+        record = None
+        if not unread and not state and timeout is KEEP and provider is None:
+            record = self._claim_plain(sock)
+        if record is None:
+            (record,) = self._push([draft(sock, self.pid, unread, state, timeout, provider)], 0)
+        return wire.SocketInformation(record)
 
     def duplicate_many(self, socks: Sequence[Any]) -> list[wire.SocketInformation]:
         """The records of `socks`, in their order."""
@@ -150,17 +154,48 @@ class HandoffSession:
             deadline, expires = self._begin()
             records = [one.encode(self.pid, self._start, expires, flags, -1) for one in drafts]
             whole = bool(flags & wire.Flag.QUEUED)  # the target has nothing but what we send now
-            sizes = [len(record) + 4 for record in records] if whole else [0] * len(records)
+            sizes = [len(record) + 4 if whole else _claim_size(record) for record in records]
             for span in _spans(sizes, [one.weight for one in drafts]):
                 fds = [fd for ready in drafts[span] for fd in ready.fds]
-                if sizes[span.start] > MAX_MESSAGE:
+                if whole and sizes[span.start] > MAX_MESSAGE:
                     self._send_large(records[span.start], fds, deadline)
                 elif whole:
                     self._send_batch(wire.pack_records(records[span]), fds, span, deadline)
                 else:
-                    claims = [_claim(*one, expires) for one in zip(records[span], drafts[span], strict=True)]
+                    weighed = zip(records[span], drafts[span], strict=True)
+                    claims = [_claim(record, one.weight, expires) for record, one in weighed]
                     self._send_batch(wire.pack_claims(claims), fds, span, deadline)
             return records
+
+    def _send_plain(self, sock: Any) -> bool:
+        """The shortest way, for most of all calls; False sends nothing, and `_push` does, waits, or says why not."""
+        if _native.send_plain is None:
+            return False
+        with self._lock:
+            if self._process.closed or self._sent - self._acknowledged >= WINDOW:
+                return False
+            expires = time.monotonic_ns() + int(self.expires * 1e9)
+            sent: bool = _native.send_plain(
+                self._line.fileno(), self._process.fileno(), sock, _PLAIN, self.pid, self._start, *self._me, self._uid,
+                expires, _QUEUED, nonces(1),
+            )  # fmt: skip
+            self._sent += sent
+            return sent
+
+    def _claim_plain(self, sock: Any) -> bytes | None:
+        """The same for a record that travels some other way; None when the long way must do it."""
+        if _native.records is None:
+            return None
+        with self._lock:
+            deadline, expires = self._begin()
+            fds: list[int] = []
+            found: list[bytes] | None = _native.records(
+                [sock], _PLAIN, fds, self.pid, self._start, *self._me, self._uid, expires, 0, nonces(1)
+            )
+            if found is None:
+                return None
+            self._send_batch(wire.pack_claims([_claim(found[0], 1, expires)]), fds, slice(0, 1), deadline)
+            return found[0]
 
     def _push_plain(self, socks: list[Any]) -> bool:
         """The short way for sockets without luggage; False when one of them needs the long way."""
@@ -175,9 +210,6 @@ class HandoffSession:
             )
             if records is None:
                 return False
-            if len(records) == 1:
-                self._send_batch(wire.pack_records(records), fds, _ONE, deadline)
-                return True
             for span in _spans([len(record) + 4 for record in records], [1] * len(records)):
                 self._send_batch(wire.pack_records(records[span]), fds[span], span, deadline)
             return True
@@ -243,7 +275,7 @@ class HandoffSession:
     def _message(self, data: bytes, fds: list[int], deadline: Deadline) -> None:
         while True:
             try:
-                _native.send_message(self._line.fileno(), data, fds, socket.MSG_DONTWAIT)
+                _native.send_message(self._line.fileno(), data, fds)
                 return
             except OSError as error:
                 self._again(error, deadline)
@@ -294,8 +326,12 @@ def _spans(sizes: Sequence[int], weights: Sequence[int]) -> Iterator[slice]:
         yield slice(first, len(weights))
 
 
-def _claim(record: bytes, ready: Draft, expires: int) -> wire.Claim:
-    return wire.Claim(wire.nonce_of(record), wire.digest(record), expires, ready.weight)
+def _claim(record: bytes, weight: int, expires: int) -> wire.Claim:
+    return wire.Claim(wire.nonce_of(record), expires, weight, wire.proof(record))
+
+
+def _claim_size(record: bytes) -> int:
+    return 28 + min(len(record), 512)
 
 
 def check_target(pid: int, allowed: frozenset[int], expected_start: int | None) -> int:

@@ -30,8 +30,9 @@ A message on a session (Unix seqpacket, source to target) starts with one byte:
     3  rest       the next bytes of that record
     4  ack        target to source: how many sockets were received so far (8)
     5  refused    target to source: why (UTF-8)
-    6  claims     count (2), then for each nonce (16), BLAKE2b-256 of the record (32), expiry (8), number of descriptors
-                  (2); the descriptors of all in order. The records themselves travel some other way
+    6  claims     count (2), then for each nonce (16), expiry (8), number of descriptors (2), length (2) and bytes of
+                  the proof: the record itself up to 512 bytes, else its BLAKE2b-256; the descriptors of all in order.
+                  The records themselves travel some other way, too
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ from .cursor import Cursor, Truncated
 __all__ = [
     "MAX_PAYLOAD", "MAX_RECORD", "MAX_RESERVED", "Claim", "Flag", "Head", "Kind", "SocketInformation",
     "SocketInformationOptions", "digest", "encode_record", "nonce_of", "pack_ack", "pack_claims", "pack_head",
-    "pack_records", "pack_refused", "pack_rest", "unpack_claims", "unpack_count", "unpack_records",
+    "pack_records", "pack_refused", "pack_rest", "proof", "unpack_claims", "unpack_count", "unpack_records",
 ]  # fmt: skip
 
 MAX_PAYLOAD = 1 << 20
@@ -121,13 +122,14 @@ class Claim(NamedTuple):
     """What the target must know of a record before the record itself comes."""
 
     nonce: bytes
-    digest: bytes
     expires_ns: int
     descriptors: int
+    proof: bytes
+    """See `proof`."""
 
 
 _TIMEOUT = int(Flag.TIMEOUT)
-_CLAIM = struct.Struct("<16s32sqH")
+_CLAIM = struct.Struct("<16sqHH")
 _HEAD = struct.Struct("<4sHHHHIQIQIiqd16sHHHHIII")
 HEAD_SIZE = _HEAD.size
 assert HEAD_SIZE == 96
@@ -397,17 +399,29 @@ def nonce_of(record: bytes) -> bytes:
     return record[60:76]
 
 
+def proof(record: bytes) -> bytes:
+    """What ties a record to its descriptors: the record itself where that is small, a digest where it is not."""
+    return record if len(record) <= 512 else digest(record)
+
+
 def pack_claims(claims: Sequence[Claim]) -> bytes:
-    return b"".join([b"\x06", len(claims).to_bytes(2, "little"), *(_CLAIM.pack(*claim) for claim in claims)])
+    parts = [b"\x06", len(claims).to_bytes(2, "little")]
+    for nonce, expires_ns, descriptors, shown in claims:
+        parts.append(_CLAIM.pack(nonce, expires_ns, descriptors, len(shown)))
+        parts.append(shown)
+    return b"".join(parts)
 
 
 def unpack_claims(message: bytes) -> list[Claim]:
     """The claims of a message of kind CLAIMS; `InvalidInformation` for anything else."""
     cursor = Cursor(message)
+    claims = []
     try:
         if cursor.uint(1) != Kind.CLAIMS:
             raise InvalidInformation(f"a message of kind {message[0]}, not claims")
-        claims = [Claim(*_CLAIM.unpack(cursor.take(_CLAIM.size))) for _ in range(cursor.uint(2))]
+        for _ in range(cursor.uint(2)):
+            nonce, expires_ns, descriptors, size = _CLAIM.unpack(cursor.take(_CLAIM.size))
+            claims.append(Claim(nonce, expires_ns, descriptors, bytes(cursor.take(size))))
     except Truncated as cut:
         raise InvalidInformation(f"a truncated message: {cut}") from None
     if cursor.left:
