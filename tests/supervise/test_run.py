@@ -179,7 +179,8 @@ def test_never_ready_and_killed_generations_leave_the_old_one(world: World) -> N
 def test_missing_and_forbidden_commands(world: World, tmp_path: Path) -> None:
     web = world.start("--name", "web", "--bind", "127.0.0.1:0", *QUICK, "--", *PLAIN)
     web.serves(1)
-    fds = len(os.listdir(f"/proc/{web.pid}/fd"))
+    assert web.reload(str(tmp_path / "missing")).returncode == 127
+    fds = len(os.listdir(f"/proc/{web.pid}/fd"))  # with the listener that is spare now
     plain = tmp_path / "plain"
     plain.write_text("no program")
     assert web.reload(str(tmp_path / "missing")).returncode == 127

@@ -14,8 +14,8 @@ from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 __all__ = [
-    "Process", "accepting", "connections", "find_descriptor", "holder_of", "members", "other_listeners", "rss",
-    "socket_inodes", "table",
+    "Process", "accepting", "connections", "find_descriptor", "holder_of", "is_held", "members", "other_listeners",
+    "rss", "socket_inodes", "table",
 ]  # fmt: skip
 
 _POLLIN = 1
@@ -93,6 +93,11 @@ def find_descriptor(pids: Iterable[int], inode: int) -> tuple[int, int] | None:
             if one == inode:
                 return pid, fd
     return None
+
+
+def is_held(inode: int) -> bool:
+    """Whether a process other than this one holds the socket, of those we may look into."""
+    return find_descriptor((pid for pid in _pids() if pid != os.getpid()), inode) is not None
 
 
 def holder_of(inode: int) -> tuple[int, str] | None:

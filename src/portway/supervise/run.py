@@ -46,7 +46,7 @@ def _supervise(supervisor: Supervisor, inherited: dict[str, int]) -> int:
     from .takeover import take_over
     from .upgrade import install
 
-    taken = running = False
+    taken, running = True, False  # until it is known that there is nothing to take over, nothing is touched
     try:
         taken = take_over(supervisor)
         if not taken:

@@ -21,7 +21,7 @@ from typing import Any
 
 from ..errors import AccessDenied, AddressInUse, ConfigurationError, InvalidAddress
 from .binds import SUN_PATH, Bind
-from .proc import holder_of, other_listeners
+from .proc import holder_of, is_held, other_listeners
 from .steer import steer
 
 __all__ = ["Group", "Listener", "SharedGroup", "TcpGroup", "UnixGroup", "open_group"]
@@ -48,6 +48,16 @@ class Listener:
         poll = select.poll()
         poll.register(self.sock, select.POLLIN)
         return bool(poll.poll(0))
+
+    def refuse_queued(self) -> None:
+        """Whatever came too late for its generation gets an answer now, not at the next reload. Leaves it blocking."""
+        self.sock.setblocking(False)
+        try:
+            while True:
+                self.sock.accept()[0].close()
+        except OSError:
+            pass
+        self.sock.setblocking(True)
 
     def listens(self) -> bool:
         """False once anybody who holds this TCP listener has called shutdown() on it."""
@@ -100,10 +110,17 @@ class Group:
 class TcpGroup(Group):
     """A SO_REUSEPORT group. ``members`` stand in the kernel's order.
 
-    The kernel moves the last member into the place of one that closes. Two rules keep every connection with a
-    generation that accepts, without a moment between: the ready member is never the one that moves (a spare is put
-    behind it first, and becomes the next generation's listener), and of two members the one that stays is alone.
+    A listener whose generation has ended becomes a spare, for the next generation. Closing one is what cannot be done
+    without a moment between: the kernel takes a listener out of its group before it takes it out of the table of
+    listeners, and a connection that arrives just then is lost (measured: one in some thousands of closes under load,
+    none in 500,000 connections without closing). It is closed all the same when somebody else still holds it, or when
+    there are spares enough.
+
+    The kernel moves the last member into the place of one that closes. The ready member must never be the one that
+    moves: a spare is put behind it first. Of two members the one that stays is alone, and gets everything.
     """
+
+    SPARES = 2
 
     def __init__(self, bind: Bind, backlog: int, sockaddr: tuple[Any, ...], family: int) -> None:
         super().__init__(bind, backlog)
@@ -155,6 +172,8 @@ class TcpGroup(Group):
         self._forget_closed()
         for member in self.members:
             if member.generation == 0:
+                member.refuse_queued()
+                member.sock.listen(self.backlog)
                 member.generation = generation
                 return member
         listener = self._new(generation)
@@ -181,6 +200,8 @@ class TcpGroup(Group):
         self._forget_closed()
         if listener not in self.members:
             return
+        if listener is not self.ready and self._spare(listener):
+            return
         if listener is not self.ready and self.ready is self.members[-1] and len(self.members) > 2:
             self.members.append(self._new(0))
         # shutdown() takes it out of the group now, not when the last process that inherited it ends.
@@ -189,6 +210,15 @@ class TcpGroup(Group):
         listener.sock.close()
         self._remove(listener)
         self._steer()
+
+    def _spare(self, listener: Listener) -> bool:
+        """Back to what `_new` made, if it is ours alone."""
+        spares = sum(1 for member in self.members if member.generation == 0)
+        if spares >= self.SPARES or is_held(listener.inode):
+            return False
+        listener.generation = 0
+        listener.refuse_queued()
+        return True
 
     def _remove(self, listener: Listener) -> None:
         place = self.members.index(listener)

@@ -127,7 +127,7 @@ class Supervisor:
             if mine or not keep:
                 generation.close(self.loop)
                 self.generations.remove(generation)
-        if keep:
+        if keep and self.generations:
             self.save()
         for group in self.groups:
             group.abandon() if keep else group.close()
