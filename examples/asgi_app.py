@@ -2,7 +2,8 @@
 
     GET /            who answered: pid and generation, and from whom the request came
     GET /slow?0.5    the same after half a second
-    POST /           the same, with the length of the body
+    GET /big?1000    with so many bytes of padding
+    POST /           the length of the body besides
 """
 
 from __future__ import annotations
@@ -43,6 +44,8 @@ async def answer(scope: dict[str, Any], receive: Any, send: Any) -> None:
         "pid": os.getpid(), "generation": portway.generation().number, "client": scope["client"], "body": length,
         "server": scope["server"], "scheme": scope["scheme"], "root_path": scope["root_path"], "path": scope["path"],
     }  # fmt: skip
+    if scope["path"].endswith("/big"):
+        about["padding"] = "x" * int(scope["query_string"])
     body = json.dumps(about).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
     await send({"type": "http.response.start", "status": 200, "headers": headers})

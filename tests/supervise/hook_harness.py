@@ -40,7 +40,7 @@ class Worker:
         environ = {
             **os.environ, "LISTEN_FDS": "1", "LISTEN_FDNAMES": "web", "PORTWAY_NAME": "test", "PORTWAY_WORKER": "0",
             "PORTWAY_GENERATION": str(generation), "PORTWAY_INBOX": "4", "PORTWAY_CONTROL": "5",
-            "PYTHONPATH": f"{ROOT / 'src'}:{ROOT / 'examples'}:{ROOT / 'tests'}", "PYTHONUNBUFFERED": "1",
+            "PYTHONPATH": f"{ROOT / 'src'}:{ROOT / 'examples'}:{os.environ.get('PYTHONPATH', '')}",
         }  # fmt: skip
         # The shell gives the pid that exec keeps: LISTEN_PID has to name the worker itself.
         moves = " ".join(f"{new}<&{old}" for new, old in ((3, listener.fileno()), (4, inbox.fileno()),

@@ -79,6 +79,7 @@ def serve(app: str, app_dir: str = "", headers: tuple[str, ...] = (), **options:
     from ... import generation
     from .server import MovingServer
 
+    http = protocol_class(options.pop("http", None) or "auto")
     sockets = list(generation().sockets.values())
     if not sockets:
         raise ConfigurationError(
@@ -87,10 +88,9 @@ def serve(app: str, app_dir: str = "", headers: tuple[str, ...] = (), **options:
     sys.path.insert(0, app_dir)
     known = inspect.signature(uvicorn.Config).parameters
     chosen = {key: value for key, value in options.items() if key in known and value is not None}
-    chosen["http"] = protocol_class(chosen.get("http", "auto"))
     chosen["backlog"] = max(BACKLOG, chosen.get("backlog", 0))
     pairs = [(name, value) for name, _, value in (one.partition(":") for one in headers)]
-    server = MovingServer(uvicorn.Config(app, headers=pairs, **chosen))
+    server = MovingServer(uvicorn.Config(app, http=http, headers=pairs, **chosen))
     try:
         server.run(sockets=sockets)
     except KeyboardInterrupt:
