@@ -224,7 +224,7 @@ class HandoffInbox:
         while True:
             with self._lock:
                 self._check_open()
-                if info.nonce not in self._addressed and self._recent is not None:
+                if info.nonce not in self._addressed and self._recent is not None and not self._full:
                     self._read(self._recent)  # most likely it is the next one there
                 all_read = info.nonce in self._addressed or self._pump()
                 found = self._addressed.get(info.nonce)
@@ -271,7 +271,7 @@ class HandoffInbox:
 
     def _look(self, briefly: bool) -> None:
         """For the next one: most likely it comes from where the last came from."""
-        if self._recent is not None and self._streak < _FAIR:
+        if self._recent is not None and self._streak < _FAIR and len(self._addressed) < MAX_WAITING:
             self._streak += 1
             if self._read(self._recent) or briefly:
                 return
