@@ -109,7 +109,8 @@ def test_where_pidfd_getfd_is_forbidden_the_refusal_is_clear(world: World) -> No
     # A seccomp filter of the kernel's own on the new supervisor: pidfd_getfd gives EPERM.
     filtered = (
         "import ctypes, struct, sys, os, platform;"
-        "nr=438; p=b''.join(struct.pack('=HBBI', *i) for i in [(0x20,0,0,0),(0x15,0,1,nr),(6,0,0,0x50001),(6,0,0,0x7fff0000)]);"
+        "code=[(0x20,0,0,0),(0x15,0,1,438),(6,0,0,0x50001),(6,0,0,0x7fff0000)];"
+        "p=b''.join(struct.pack('=HBBI', *i) for i in code);"
         "b=ctypes.create_string_buffer(p); f=ctypes.create_string_buffer(struct.pack('@HP', 4, ctypes.addressof(b)));"
         "l=ctypes.CDLL(None); assert l.prctl(38,1,0,0,0)==0 and l.prctl(22,2,f,0,0)==0;"
         "os.execv(sys.argv[1], sys.argv[1:])"
@@ -149,7 +150,7 @@ def test_supervisor_killed_at_random_points_of_a_reload(world: World) -> None:
             web.process.kill()
             web.process.wait(10)
             web = world.start(*arguments)
-            until(lambda: "generation" in web.said() and " serves; " in web.said(), web.said())
+            until(lambda web=web: " serves; " in web.said(), web.said())
     finally:
         done.set()
         thread.join()

@@ -2,7 +2,7 @@
 
 Answers every request, however long the connection lives, with "GENERATION PID". PLAIN_* in the environment makes it
 misbehave: PLAIN_CRASH=before (exits at once), PLAIN_DEAF=1 (never accepts), PLAIN_SLOW=seconds a request,
-PLAIN_STUBBORN=1 (ignores TERM), PLAIN_NOTIFY=1 (says READY=1), PLAIN_CRASH_AFTER=seconds.
+PLAIN_STUBBORN=1 (ignores TERM), PLAIN_UNWELL=1 (503 for /health), PLAIN_NOTIFY=1 (says READY=1), PLAIN_CRASH_AFTER=seconds.
 """
 
 import os
@@ -14,6 +14,7 @@ import threading
 import time
 
 SLOW = float(os.environ.get("PLAIN_SLOW", "0"))
+UNWELL = bool(os.environ.get("PLAIN_UNWELL"))
 stopping = threading.Event()
 running = []
 
@@ -32,7 +33,7 @@ def serve(connection):
                     os._exit(9)
                 time.sleep(SLOW)
                 body = f"{os.environ.get('PORTWAY_GENERATION')} {os.getpid()}".encode()
-                status = b"503 No" if b"/unwell" in head else b"200 OK"
+                status = b"503 No" if b"/health" in head and UNWELL else b"200 OK"
                 connection.sendall(b"HTTP/1.1 %s\r\nContent-Length: %d\r\n\r\n%s" % (status, len(body), body))
                 if b"connection: close" in head.lower() or stopping.is_set():
                     return
