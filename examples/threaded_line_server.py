@@ -25,12 +25,12 @@ def serve(sock: socket.socket, half: bytes = b"", count: int = 0) -> None:
     refused = False
     while True:
         ready = readable(sock, refused)
-        if draining.is_set() and not refused:
+        if draining.is_set() and not (refused and ready):
             try:
                 generation.hand_over(sock, KIND, half, b"%d" % count)
                 return
             except HandoffRefused:
-                refused = True  # nobody takes it: go on here
+                refused = True  # nobody takes it: go on here, and offer it again when it has been quiet for a second
         if not ready:
             continue
         data = sock.recv(65_536)
@@ -49,7 +49,7 @@ def readable(sock: socket.socket, refused: bool) -> bool:
     poll.register(sock, select.POLLIN)
     if not refused:
         poll.register(wake[0], select.POLLIN)
-    return any(fd == sock.fileno() for fd, _ in poll.poll())
+    return any(fd == sock.fileno() for fd, _ in poll.poll(1000 if refused else None))
 
 
 def run(sock: socket.socket, half: bytes = b"", count: int = 0) -> None:
