@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import sys
 from collections.abc import Callable
@@ -10,42 +9,9 @@ from typing import Any
 
 import click
 
-from ..errors import (
-    CommandNotFound,
-    ConfigurationError,
-    GenerationFailed,
-    InvalidAddress,
-    NameInUse,
-    NotRunning,
-    OperationTimeout,
-    PortwayError,
-)
+from ..supervise.exits import exit_code, report
 
 __all__ = ["JSON", "NAME", "exit_code", "print_json", "remark", "report", "timeout"]
-
-EXIT = {  # 0 done, 1 any other error, 126/127 see below
-    ConfigurationError: 2, InvalidAddress: 2, NotRunning: 3, GenerationFailed: 4, OperationTimeout: 5, NameInUse: 6,
-}  # fmt: skip
-
-
-def exit_code(error: PortwayError) -> int:
-    if isinstance(error, CommandNotFound):
-        return 126 if error.errno == errno.EACCES else 127
-    return next((code for kind, code in EXIT.items() if isinstance(error, kind)), 1)
-
-
-def report(error: PortwayError, as_json: bool) -> int:
-    """One line on stderr, the failed generation's last lines under it."""
-    print(f"portway: {error}", file=sys.stderr)
-    for note in getattr(error, "__notes__", ()):
-        for line in note.splitlines():
-            print(f"  | {line}", file=sys.stderr)
-    if as_json:
-        from ..supervise.control import error_record
-
-        print_json({"error": error_record(error) | {"exit": exit_code(error)}})
-    return exit_code(error)
-
 
 def print_json(value: Any) -> None:
     print(json.dumps(value), flush=True)

@@ -18,6 +18,7 @@ from typing import Any
 from ..errors import GenerationFailed, OperationAborted, PortwayError, SuperviseError
 from .config import Options
 from .control import Control, Request
+from .exits import report
 from .loop import Timer
 from .paths import Lock
 from .restore import go_on, load_generations, load_groups, load_plan
@@ -243,8 +244,6 @@ def _run(supervisor: Supervisor, lock: Lock) -> int:
 
 
 def main(arguments: list[str]) -> int:
-    from ..cli.common import report
-
     try:
         return _trial() if arguments[:1] == ["trial"] else _resume(int(arguments[1]))
     except PortwayError as error:
