@@ -56,6 +56,7 @@ class Peer:
 
     def __init__(self, line: Connection, pid: int) -> None:
         self._line, self.pid = line, pid
+        self._killed = False
         self._pidfd = os.pidfd_open(pid)
 
     def run(self, code: str, **names: Any) -> Any:
@@ -87,9 +88,11 @@ class Peer:
 
     def kill(self) -> None:
         """SIGKILL, and returns when it is gone."""
-        with suppress(ProcessLookupError):
-            signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
-        patiently(lambda: not running(self.pid))
+        if not self._killed:  # later its number may be another's
+            with suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+            patiently(lambda: not running(self.pid))
+            self._killed = True
 
     def close(self) -> None:
         if self._pidfd >= 0:
@@ -116,7 +119,9 @@ class Zygote:
         with theirs:
             socket.send_fds(self._line, [str(-1 if uid is None else uid).encode()], [theirs.fileno()])
         pid = int(self._line.recv(32))
-        return Peer(Connection(ours.detach()), pid)
+        made = Peer(Connection(ours.detach()), pid)
+        made.run("")  # now it has closed what it had from the zygote
+        return made
 
     def close(self) -> None:
         self._line.close()
@@ -145,7 +150,8 @@ def _live(line: Connection, names: dict[str, Any]) -> None:
             continue
         try:
             names.update(more)
-            line.send((True, _evaluate(code, names)))
+            value = _evaluate(code, names)
+            line.send((True, value if not isinstance(value, socket.socket) else None))
         except BaseException as error:
             line.send((False, _portable(error)))
 

@@ -94,24 +94,27 @@ def take_message(sock: int) -> tuple[bytes, list[int], int] | None:
         data, fds, seen = receive_message(sock, 65536, socket.MSG_DONTWAIT | socket.MSG_PEEK)
     except BlockingIOError:
         return None
-    if not seen & socket.MSG_CTRUNC:
-        try:
-            _drop(sock)
-        except OSError as error:
+    if seen & socket.MSG_CTRUNC:
+        return data, fds, seen
+    ours = False
+    try:
+        ours = bool(_drop(sock)) or not data
+    except OSError as error:
+        if error.errno != errno.EAGAIN:
+            raise
+    finally:
+        if not ours:
             for fd in fds:
                 os.close(fd)
-            if error.errno == errno.EAGAIN:
-                return None  # somebody else has taken it between our two looks
-            raise
-    return data, fds, seen
+    return (data, fds, seen) if ours else None  # else somebody has taken it between our two looks
 
 
-def _drop(sock: int) -> None:
+def _drop(sock: int) -> int:
     with _borrowed(sock) as line:
         try:
-            line.recv(1, socket.MSG_DONTWAIT)
+            return len(line.recv(1, socket.MSG_DONTWAIT))
         except ConnectionResetError:  # the sender ended between our two looks; that is said once
-            line.recv(1, socket.MSG_DONTWAIT)
+            return len(line.recv(1, socket.MSG_DONTWAIT))
 
 
 records = send_plain = split = shared = shared_many = None

@@ -473,15 +473,15 @@ def receive_message(int sock, Py_ssize_t max_bytes, int flags=0):
     return PyBytes_FromStringAndSize(buffer, min(size, max_bytes)), _descriptors(&message), message.msg_flags
 
 
-cdef int _drop(int sock) except -1:
-    """Takes the first message off the queue, with its own descriptors."""
+cdef ssize_t _drop(int sock) except -1:
+    """Takes the first message off the queue, with its own descriptors. 0 when it was empty, or when there is none and
+    the other end is closed."""
     cdef char byte[1]
     cdef msghdr message
     try:
-        _receive(sock, byte, 1, NULL, &message, MSG_DONTWAIT)
+        return _receive(sock, byte, 1, NULL, &message, MSG_DONTWAIT)
     except ConnectionResetError:  # the sender ended between our two looks; that is said once
-        _receive(sock, byte, 1, NULL, &message, MSG_DONTWAIT)
-    return 0
+        return _receive(sock, byte, 1, NULL, &message, MSG_DONTWAIT)
 
 
 def take_message(int sock):
@@ -506,13 +506,17 @@ def take_message(int sock):
         if errno != EINTR:
             PyErr_SetFromErrno(OSError)
     cdef list fds = _descriptors(&message)
-    if not message.msg_flags & MSG_CTRUNC:
+    cdef bint ours = message.msg_flags & MSG_CTRUNC
+    if not ours:
         try:
-            _drop(sock)
+            ours = _drop(sock) > 0 or size == 0
         except OSError as error:
-            for fd in fds:
-                c_close(fd)
-            if error.errno == EAGAIN:
-                return None  # somebody else has taken it between our two looks
-            raise
+            if error.errno != EAGAIN:
+                raise
+        finally:
+            if not ours:
+                for fd in fds:
+                    c_close(fd)
+    if not ours:
+        return None  # somebody else has taken it between our two looks
     return PyBytes_FromStringAndSize(buffer, size), fds, message.msg_flags

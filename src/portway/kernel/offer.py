@@ -166,7 +166,9 @@ def _dequeue(queue: socket.socket) -> list[int]:
     taken = _native.take_message(queue.fileno())
     if taken is None:
         raise BlockingIOError
-    _, fds, flags = taken
+    data, fds, flags = taken
+    if not data:
+        raise BlockingIOError  # the source has closed its end between our two looks, because somebody else has won
     if flags & socket.MSG_CTRUNC:
         close_all(fds)
         raise TooManyDescriptors(

@@ -68,14 +68,13 @@ def uid_of(pid: int) -> int:
     """The effective uid of `pid`; `ProcessNotFound` if there is none, or if that is the number of a thread."""
     try:
         with within_limits("reading /proc"), open(f"/proc/{pid}/status", "rb") as file:
-            for line in file:
-                if line.startswith(b"Tgid:") and int(line.split()[1]) != pid:
-                    raise ProcessNotFound(f"pid {pid} is a thread of process {int(line.split()[1])}")
-                if line.startswith(b"Uid:"):
-                    return int(line.split()[2])
+            fields = dict(line.split(b":", 1) for line in file)
     except (FileNotFoundError, ProcessLookupError):
-        pass
-    raise ProcessNotFound(f"pid {pid}: no such process")
+        raise ProcessNotFound(f"pid {pid}: no such process") from None
+    process = int(fields[b"Tgid"])
+    if process != pid:
+        raise ProcessNotFound(f"pid {pid} is a thread of process {process}", hint=f"give {process}")
+    return int(fields[b"Uid"].split()[1])
 
 
 def uids(allowed: Iterable[int | str]) -> frozenset[int]:
