@@ -134,7 +134,7 @@ def _internet(text: str, kind: str, address: str, options: dict[str, str]) -> Bi
         raise _wrong(text, "an IPv6 address stands in brackets")
     elif host and not re.fullmatch(r"[A-Za-z0-9._-]{1,253}", host):
         raise _wrong(text, f"{host!r} is no host name or address")
-    name = options.get("name", _default_name(address))
+    name = options.get("name", _default_name(f"udp:{address}" if kind == "udp" else address))
     return Bind(text, kind, name, host, int(digits))
 
 

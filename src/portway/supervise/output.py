@@ -11,7 +11,6 @@ import ctypes
 import os
 import select
 import struct
-from collections.abc import Iterator
 
 from ..errors import SuperviseError
 from .loop import Loop
@@ -25,6 +24,7 @@ KEPT = 1 << 20  # bytes of passed-on output that stay readable, a file
 _TRIM = 4 << 20  # bytes passed on before the next hole is punched
 _BEHIND = 64 << 20  # bytes not passed on (nobody reads our output) before some are skipped
 _LINE = 64 << 10  # a longer line is passed on in pieces
+_READ = 256 << 10
 _PIPE_BUF = 4096  # poll() says a pipe is writable when this much fits
 KEPT_GENERATIONS = 3
 
@@ -89,6 +89,7 @@ class Tail:
         self._libc = ctypes.CDLL(None, use_errno=True)
         self._files: dict[str, _File] = {}
         self._dirty: dict[str, None] = {}
+        self._out = b""  # at most what one read gives, with its labels
         self._waiting = False
         self._dead = False
         self._inotify = self._libc.inotify_init1(_IN_CLOEXEC | _IN_NONBLOCK)
@@ -121,7 +122,7 @@ class Tail:
     def forget(self, generation: int, keep: bool = True) -> None:
         """The generation has ended: pass on the rest, stop following; remove the files of those long gone."""
         for name in [name for name in self._files if name.split(".")[0] == str(generation)]:
-            self._pass_on(self._files[name], final=True)
+            self._pass_on(self._files[name], final=True)  # what does not go through now stays in the file
             os.close(self._files.pop(name).fd)
             self._dirty.pop(name, None)
         live = {int(name.split(".")[0]) for name in self._files}
@@ -161,47 +162,47 @@ class Tail:
         for name in dirty:
             if name in self._files and not self._pass_on(self._files[name]):
                 self._dirty[name] = None
-        if self._dirty:
-            self._soon(0.05)
+        if self._dirty or self._out:
+            self._soon(0.02 if self._out else 0.0)
 
     def flush(self) -> None:
+        """As much as our stdout takes now."""
         for file in self._files.values():
             self._pass_on(file, final=True)
 
     def _pass_on(self, file: _File, *, final: bool = False) -> bool:
         """False when there is more to come back for."""
+        if not self._write():
+            return False
         size = os.fstat(file.fd).st_size
         if size < file.at:
             file.at = 0  # somebody truncated it
         if size - file.at > _BEHIND:
             file.at = size - KEPT
-        data = os.pread(file.fd, 256 << 10, file.at)
+        data = os.pread(file.fd, _READ, file.at)
         end = data.rfind(b"\n") + 1
         if final or (not end and len(data) >= _LINE):
             end = len(data)
-        for line in data[:end].removesuffix(b"\n").split(b"\n") if end else ():
-            for piece in _pieces(line):
-                if not self._write(file.label + piece + b"\n"):
-                    return False
-            file.at += len(line) + 1
-        file.at = min(file.at, size)
+        if end:
+            lines = data[:end].removesuffix(b"\n").split(b"\n")
+            self._out += b"".join(file.label + line + b"\n" for line in lines)
+            file.at += end
+        whole = self._write()
         self._trim(file)
-        return len(data) < 256 << 10
+        return whole and (final or len(data) < _READ)
 
-    def _write(self, data: bytes) -> bool:
-        if self._dead:
-            return True
+    def _write(self) -> bool:
+        """What was read and not yet written; False while our stdout takes no more."""
         poll = select.poll()
-        for at in range(0, len(data), _PIPE_BUF):
-            try:
-                poll.register(1, select.POLLOUT)
-                if not poll.poll(200 if at else 0):
-                    return False
-                os.write(1, data[at : at + _PIPE_BUF])
-            except OSError:
-                self._dead = True  # nobody reads us any more; the files go on
-                return True
-        return True
+        at = 0
+        try:
+            poll.register(1, select.POLLOUT)
+            while at < len(self._out) and not self._dead and poll.poll(0):
+                at += os.write(1, self._out[at : at + _PIPE_BUF])
+        except OSError:
+            self._dead = True  # nobody reads us any more; the files go on
+        self._out = b"" if self._dead else self._out[at:]
+        return not self._out
 
     def _trim(self, file: _File) -> None:
         until = max(0, file.at - KEPT) & ~4095
@@ -221,8 +222,3 @@ class Tail:
         self._files.clear()
         self._loop.forget(self._inotify)
         os.close(self._inotify)
-
-
-def _pieces(line: bytes) -> Iterator[bytes]:
-    for at in range(0, len(line) or 1, _PIPE_BUF // 2):
-        yield line[at : at + _PIPE_BUF // 2]
