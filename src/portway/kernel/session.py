@@ -95,21 +95,14 @@ class HandoffSession:
             except BlockingIOError:  # its backlog is full, and the kernel has no event for that
                 deadline.check(f"connecting to the inbox of pid {self.pid}")
                 time.sleep(0.001)
-            except OSError as error:
-                if error.errno != errno.EPROTOTYPE:
-                    raise
-                raise self._squatted("a socket that is no inbox") from None
         owner = peer_of(self._line)
         if owner.pid != self.pid:
-            raise self._squatted(f"pid {owner.pid} of uid {user_name(owner.uid)}")
+            raise AccessDenied(
+                f"the inbox name of pid {self.pid} is held by pid {owner.pid} of uid {user_name(owner.uid)}",
+                hint="find out who that is; duplicate by process id meanwhile",
+            )
         if owner.uid != os.geteuid():
             self._read_acknowledgement(deadline)  # another user's inbox says first whether it lets us in
-
-    def _squatted(self, by: str) -> AccessDenied:
-        return AccessDenied(
-            f"the inbox name of pid {self.pid} is held by {by}",
-            hint="find out who that is; duplicate by process id meanwhile",
-        )
 
     # -- sending --------------------------------------------------------------------------------------------------
 
