@@ -15,9 +15,11 @@ from hypothesis import strategies as st
 from running import connect
 
 from portway.errors import AddressInUse
-from portway.supervise import sockets
+from portway.supervise import reuseport
 from portway.supervise.binds import parse_bind
-from portway.supervise.sockets import Listener, TcpGroup, UnixGroup, open_group, places_after
+from portway.supervise.listeners import Listener
+from portway.supervise.reuseport import TcpGroup, places_after
+from portway.supervise.sockets import UnixGroup, open_group
 
 
 def opened(text: str = "127.0.0.1:0") -> TcpGroup:
@@ -142,7 +144,7 @@ def test_ready_that_stands_last_does_not_move(held: None) -> None:
 @pytest.fixture
 def held(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if another process had a copy of every listener: none becomes a spare, all are closed."""
-    monkeypatch.setattr(sockets, "is_held", lambda inode: True)
+    monkeypatch.setattr(reuseport, "is_held", lambda inode: True)
 
 
 @settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))

@@ -13,6 +13,7 @@ from ..supervise.exits import exit_code, report
 
 __all__ = ["JSON", "NAME", "exit_code", "print_json", "remark", "report", "timeout"]
 
+
 def print_json(value: Any) -> None:
     print(json.dumps(value), flush=True)
 

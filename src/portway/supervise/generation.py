@@ -13,10 +13,11 @@ from typing import Any
 from ..errors import GenerationFailed, SuperviseError
 from .binds import parse_binds
 from .config import Options, check_placeholder
+from .listeners import Group, Listener
 from .loop import Loop, Timer
 from .output import Tail
 from .ready import HttpProbe, not_accepting
-from .sockets import Group, Listener, SharedGroup
+from .sockets import SharedGroup
 from .spawn import Launch, clean_environment, identity, launch
 from .worker import Worker
 

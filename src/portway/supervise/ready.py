@@ -10,8 +10,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from . import proc
+from .listeners import Group, Listener
 from .loop import Loop
-from .sockets import Group, Listener, TcpGroup, UnixGroup
+from .reuseport import TcpGroup
+from .sockets import UnixGroup
 from .worker import Worker
 
 __all__ = ["HttpProbe", "not_accepting"]

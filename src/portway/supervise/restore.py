@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import socket
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -11,8 +12,10 @@ from ..errors import ConfigurationError
 from .binds import Bind, parse_bind, parse_binds
 from .config import Options
 from .generation import Generation, Phase
+from .listeners import Group, Listener
 from .retire import Retire
-from .sockets import Group, Listener, SharedGroup, TcpGroup, UnixGroup, open_group
+from .reuseport import TcpGroup
+from .sockets import SharedGroup, UnixGroup, open_group
 from .supervisor import Supervisor
 from .worker import Worker
 
@@ -98,7 +101,7 @@ def _find_listeners(generation: Generation, inodes: list[int]) -> None:
 
 
 def _load_worker(supervisor: Supervisor, worker: Worker, one: dict[str, Any]) -> None:
-    worker.restarts, worker.since, worker.last_beat = one["restarts"], one["since"], one["since"]
+    worker.restarts, worker.since, worker.last_beat = one["restarts"], one["since"], time.monotonic()
     worker.hook, worker.ready, worker.drained = one["hook"], one["ready"], one["drained"]
     worker.adopts = one.get("adopts") is True
     worker.ordered, worker.connections, worker.text = one["ordered"], one["connections"], one["text"]

@@ -8,9 +8,10 @@ from typing import Any
 from .binds import parse_binds
 from .notify import inherited_sockets
 from .paths import Lock, service_dir
+from .plan import Plan
 from .sockets import open_group
 from .spawn import close_on_exec
-from .supervisor import Plan, Supervisor
+from .supervisor import Supervisor
 
 __all__ = ["run"]
 

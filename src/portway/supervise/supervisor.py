@@ -10,47 +10,27 @@ import signal
 import sys
 import time
 from collections.abc import Callable
-from typing import Any
 
 from ..errors import ConfigurationError, GenerationFailed, OperationAborted, PortwayError
-from . import proc
-from .config import Options, read_options
+from .config import Options
 from .control import Control, Request
 from .generation import Generation, Phase, same_sockets
+from .limits import watch_limits
+from .listeners import Group
 from .loop import Loop, Timer
 from .notify import Notifier
 from .output import Tail, last_lines
 from .paths import Lock, listen_at
+from .plan import Plan
+from .report import report, snapshot
 from .retire import Retire, sweep
-from .sockets import Group
 from .state import remove_state, write_state
 from .worker import Worker
 
-__all__ = ["Plan", "Supervisor"]
+__all__ = ["Supervisor"]
 
 _TICK = 0.05  # seconds between two looks at a generation that is not ready yet
-_CHECK = 5.0  # seconds between two looks at --max-age and --max-rss
 _BACKOFF = (0.1, 30.0, 60.0)  # first, longest, and how long a process must live to be forgiven; seconds
-
-
-class Plan:
-    """Where the options come from, so that a reload can read them again."""
-
-    def __init__(
-        self, name: str, given: dict[str, Any], file: str | None, environ: dict[str, str] | None = None
-    ) -> None:
-        self.name = name
-        self.given = given
-        self.file = file
-        self.environ = {
-            k: v for k, v in (os.environ if environ is None else environ).items() if k.startswith("PORTWAY_")
-        }
-
-    def read(self) -> Options:
-        return read_options(self.name, self.given, file=self.file, environ=self.environ)
-
-    def dump(self) -> dict[str, Any]:
-        return {"name": self.name, "given": self.given, "file": self.file, "environ": self.environ}
 
 
 class Supervisor:
@@ -112,7 +92,7 @@ class Supervisor:
 
     def run(self) -> int:
         """Until the service has stopped. Raises what made the first generation fail."""
-        self.loop.after(_CHECK, self._watch_limits)
+        watch_limits(self)
         self.loop.run()
         if self.failure is not None:
             raise self.failure
@@ -180,6 +160,8 @@ class Supervisor:
             group.promote(listener)
         generation.phase = Phase.SERVING
         generation.served = time.monotonic()
+        for worker in generation.workers:
+            worker.last_beat = generation.served  # the time to start is no missed beat
         self.options = generation.options
         self.say(f"generation {generation.number} serves" + (f"; generation {old.number} drains" if old else ""))
         for previous in [one for one in self.generations if one.phase is Phase.SERVING and one is not generation]:
@@ -340,36 +322,6 @@ class Supervisor:
             worker.on_change = lambda worker: None
             retire.on_drained(worker)
 
-    # -- limits
-
-    def _watch_limits(self) -> None:
-        self.loop.after(min(_CHECK, (self.options.watchdog or _CHECK) / 2), self._watch_limits)
-        now = time.monotonic()
-        for generation in self.generations:
-            if generation.phase is Phase.SERVING and generation.options.watchdog:
-                for worker in generation.alive:
-                    if now - worker.last_beat > generation.options.watchdog and not worker.orphan:
-                        self.say(f"worker {worker.index} (pid {worker.pid}) missed its watchdog: killed")
-                        worker.signal(signal.SIGKILL, group=True)
-        if self.serving is not None and self.rising is None and not self.stopping and now > self.quiet_until:
-            why = self._worn(self.serving, now)
-            if why:
-                self.say(f"generation {self.serving.number} {why}: replacing it")
-                self.quiet_until = now + 60
-                self.reload(None)
-
-    def _worn(self, generation: Generation, now: float) -> str | None:
-        options = generation.options
-        if options.max_age is not None and now - generation.served > options.max_age:
-            return f"is older than {options.max_age:g} s"
-        if options.max_rss is not None:
-            processes = proc.table()
-            for worker in generation.alive:
-                size = proc.rss(proc.members(worker.pid, processes))
-                if size > options.max_rss:
-                    return f"worker {worker.index} holds {size >> 20} MiB, more than {options.max_rss >> 20} MiB"
-        return None
-
     # -- commands
 
     def serve(self, request: Request) -> None:
@@ -384,24 +336,7 @@ class Supervisor:
             request.fail(error)
 
     def _status(self, request: Request) -> None:
-        request.done(**self.report())
-
-    def report(self) -> dict[str, Any]:
-        from .. import __version__
-        from .takeover import obstacle
-
-        sockets = [
-            {"name": group.bind.name, "address": group.address, "kind": group.bind.kind,
-             "inodes": {str(m.generation): m.inode for m in group.members}}
-            for group in self.groups
-        ]  # fmt: skip
-        return {
-            "name": self.options.name, "pid": os.getpid(), "version": __version__, "python": sys.executable,
-            "stopping": self.stopping, "reloads": self.reloads, "sockets": sockets, "folder": self.folder,
-            "clock": time.monotonic(), "obstacle": obstacle(self.serving) if self.serving else None,
-            "serving": self.serving.number if self.serving else None,
-            "generations": [generation.dump() for generation in self.generations],
-        }  # fmt: skip
+        request.done(**report(self))
 
     def _on_reload(self, request: Request) -> None:
         command = request.message.get("command")
@@ -480,21 +415,7 @@ class Supervisor:
             self._end()
 
     def save(self) -> None:
-        write_state(self.folder, self.snapshot())
-
-    def snapshot(self) -> dict[str, Any]:
-        return {
-            "version": 1, "plan": self.plan.dump(), "options": self.options.dump(), "pid": os.getpid(),
-            "number": self.number, "reloads": self.reloads, "stopping": self.stopping,
-            "serving": self.serving.number if self.serving else None,
-            "groups": [group.dump() for group in self.groups],
-            "generations": [one.dump() | {"retire": self._retire_record(one.number)} for one in self.generations],
-            "output": self.tail.positions() if self.tail else {},
-        }  # fmt: skip
-
-    def _retire_record(self, number: int) -> dict[str, Any] | None:
-        retire = self.retiring.get(number)
-        return None if retire is None else retire.dump()
+        write_state(self.folder, snapshot(self))
 
     def forget(self) -> None:
         """The service has ended for good: nothing of it stays in the folder."""

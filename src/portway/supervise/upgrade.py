@@ -21,9 +21,11 @@ from .control import Control, Request
 from .exits import report
 from .loop import Timer
 from .paths import Lock
+from .plan import Plan
+from .report import snapshot
 from .restore import go_on, load_generations, load_groups, load_plan
 from .spawn import Launch, clean_environment, launch
-from .supervisor import Plan, Supervisor
+from .supervisor import Supervisor
 from .worker import Worker
 
 __all__ = ["install"]
@@ -100,7 +102,7 @@ class _Upgrade:
             self.request.fail(error)
 
     def _state(self) -> dict[str, Any]:
-        return self.supervisor.snapshot() | {"request": self.request.sock.fileno()}
+        return snapshot(self.supervisor) | {"request": self.request.sock.fileno()}
 
     def _exec(self) -> None:
         supervisor = self.supervisor
@@ -131,7 +133,7 @@ def _memfd(state: dict[str, Any]) -> int:
 
 
 def _add_descriptors(supervisor: Supervisor, state: dict[str, Any]) -> dict[str, Any]:
-    """`Supervisor.snapshot` names processes and inodes; we go on with the descriptors themselves."""
+    """`report.snapshot` names processes and inodes; we go on with the descriptors themselves."""
     assert supervisor.control is not None
     state["lock"], state["control"] = supervisor.lock.fd, supervisor.control.sock.fileno()
     state["folder"] = supervisor.folder

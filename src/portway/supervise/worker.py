@@ -51,6 +51,7 @@ class Worker:
         self.pidfd: Pidfd | None = None
         self.beat: Timer | None = None
         self.last_beat = 0.0
+        self.beats = False  # has fed the watchdog once
         self.uids: frozenset[int] = frozenset((0, os.geteuid()))
         self.on_change: Callable[[Worker], None] = lambda worker: None
 
@@ -61,7 +62,7 @@ class Worker:
     def prepare(self, loop: Loop, *, watchdog: bool, ready_fd: bool) -> tuple[dict[str, int], list[int]]:
         """New line and sockets for a new process: (descriptors by environment key, those to close after the start)."""
         self.close(loop)
-        self.ready = self.hook = self.adopts = self.drained = self.ordered = self.killed = False
+        self.ready = self.hook = self.adopts = self.drained = self.ordered = self.killed = self.beats = False
         self.connections, self.text = None, ""
         self.line, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.line.setblocking(False)
@@ -170,9 +171,10 @@ class Worker:
             elif key == "STATUS":
                 self.text = value[:_STATUS_TEXT]
             elif key == "WATCHDOG" and value == "1":
+                self.beats = True
                 self.last_beat = time.monotonic()
             elif key == "WATCHDOG" and value == "trigger":
-                self.last_beat = 0.0
+                self.beats, self.last_beat = True, 0.0
         self.on_change(self)
 
     def _on_ready_pipe(self, loop: Loop) -> None:
