@@ -14,12 +14,12 @@ from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 __all__ = [
-    "Process", "accepting", "connections", "find_descriptor", "holder_of", "is_held", "members", "other_listeners",
-    "rss", "socket_inodes", "table",
+    "Process", "accepting", "connections", "find_descriptor", "half_open", "holder_of", "is_held", "members",
+    "other_listeners", "rss", "socket_inodes", "table",
 ]  # fmt: skip
 
 _POLLIN = 1
-_TCP_ESTABLISHED, _TCP_LISTEN = "01", "0A"
+_TCP_ESTABLISHED, _TCP_SYN_RECV, _TCP_LISTEN = "01", "03", "0A"
 # accept, accept4, poll, ppoll, select, pselect6; epoll is seen in fdinfo. asm/unistd.h of each architecture.
 _CALLS = {
     "x86_64": {43: "accept", 288: "accept", 7: "poll", 271: "poll", 23: "select", 270: "select"},
@@ -199,6 +199,13 @@ def connections(generations: dict[int, set[int]], ports: set[int], paths: set[st
         # Column 5 is the state, 3 is connected; an accepted socket carries its listener's bound name.
         established |= {int(f[6]) for f in _net("unix") if len(f) > 7 and f[5] == "03" and _ours(f[7], paths)}
     return {number: len(inodes & established) for number, inodes in generations.items()}
+
+
+def half_open(ports: set[int]) -> set[tuple[str, str]]:
+    """(our end, their end) of TCP connections to these local ports whose client has yet to complete the handshake."""
+    hexes = {f"{port:04X}" for port in ports}
+    return {(f[1], f[2]) for name in ("tcp", "tcp6") for f in _net(name)
+            if len(f) > 9 and f[3] == _TCP_SYN_RECV and f[1].rpartition(":")[2] in hexes}  # fmt: skip
 
 
 def _ours(bound: str, paths: set[str]) -> bool:

@@ -11,12 +11,13 @@ from typing import Any
 from . import proc
 from .generation import Generation, Phase
 from .loop import Loop
+from .reuseport import TcpGroup
 from .worker import Worker
 
 __all__ = ["Retire", "sweep"]
 
 _POLL = 0.02
-_SETTLE_CAP = 5.0  # seconds beyond --settle that a queue may take to be seen empty
+_SETTLE_CAP = 5.0  # seconds beyond --settle that queues and handshakes may take to be seen empty
 GRACE = 5.0  # seconds between the stop signal at the limit, for a worker that was draining by itself, and KILL
 
 
@@ -41,6 +42,9 @@ class Retire:
             self.drain()
             return
         self.old.phase = Phase.SETTLING
+        # A handshake that began with the old listener ends there, a round trip later.
+        self._ports = {group.sockaddr[1] for group in self.old.groups if isinstance(group, TcpGroup)}
+        self._half_open = proc.half_open(self._ports) if self._ports else set()
         self._settled_at = time.monotonic() + self.settle
         self._later(self.settle, self._settling)
 
@@ -48,7 +52,9 @@ class Retire:
         self.old.timers.append(self._loop.after(seconds, call))
 
     def _settling(self) -> None:
-        queued = any(listener.waiting() for listener in self.old.listeners)
+        if self._half_open:
+            self._half_open &= proc.half_open(self._ports)
+        queued = bool(self._half_open) or any(listener.waiting() for listener in self.old.listeners)
         if queued and self.old.alive and time.monotonic() < self._settled_at + _SETTLE_CAP:
             self._later(_POLL, self._settling)
         else:
