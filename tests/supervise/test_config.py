@@ -242,3 +242,12 @@ def test_help_imports_no_verb(world: World) -> None:
         "assert not heavy & set(sys.modules), heavy & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, env=world.environ, capture_output=True)
+
+
+def test_example_file(world: World) -> None:
+    example = Path(__file__).parents[2] / "examples" / "portway.toml"
+    for name in ("web", "plain"):
+        path = f"{Path(sys.executable).parent}:/usr/bin:/bin"
+        done = world.run("run", name, "--check", "--json", "--config", str(example), PATH=path)
+        assert done.returncode == 0, done.stderr
+        assert json.loads(done.stdout)["name"] == name
