@@ -160,6 +160,26 @@ def test_a_closed_descriptor_refuses_itself_alone(inbox: Pair) -> None:
     other.close()
 
 
+def test_what_is_no_socket_is_refused(inbox: Pair) -> None:
+    mover, over, done = Mover(reactor := ThreadReactor("mover"), 1), threading.Event(), []
+
+    def end(reason: str | None) -> None:
+        done.append(reason)
+        over.set()
+
+    with open(os.devnull, "rb") as file:
+        before = len(os.listdir("/proc/self/fd"))
+        reactor.call_soon(
+            lambda: (mover.retarget(inbox[1]), mover.submit(Offer(file.fileno(), Moving("k", b"", b""), end)))
+        )
+        receiver = Receiver(inbox[0])
+        assert receiver.wait(Deadline(20))
+        receiver.step()
+        assert receiver.ready.popleft().accept() is None
+        assert over.wait(20) and done == ["not a socket"]
+        assert len(os.listdir("/proc/self/fd")) == before
+
+
 def test_arguments_are_checked_before_anything_moves(inbox: Pair, core: Core) -> None:
     generation = Generation(core)
     one, other = socket.socketpair()

@@ -77,8 +77,15 @@ class Batch:
 
     def accept(self, check: Check | None = None) -> Adopted | None:
         """Answers for the next connection: the connection, or None when `check` refused it."""
-        sock, moving, index = socket.socket(fileno=self.fds.popleft()), self.moving.popleft(), self.next
+        fd, moving, index = self.fds.popleft(), self.moving.popleft(), self.next
         self.next += 1
+        try:
+            sock = socket.socket(fileno=fd)
+        except OSError:
+            os.close(fd)
+            self._answer(False, index, "not a socket")
+            self._close_if_done()
+            return None
         adopted = Adopted(sock, *moving, self.header.generation)
         reason: str | None = "the successor's check failed"
         try:
@@ -87,12 +94,15 @@ class Batch:
             self._answer(reason is None, index, reason or "")
             if reason is not None:
                 sock.close()
-            if not self.fds:
-                self.close()
+            self._close_if_done()
         if reason is not None:
             return None
         sock.setblocking(True)  # the flag is shared with the source's descriptor: not before it was told
         return adopted
+
+    def _close_if_done(self) -> None:
+        if not self.fds:
+            self.close()
 
     def _answer(self, accepted: bool, index: int, reason: str = "") -> None:
         try:
