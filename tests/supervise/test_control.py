@@ -6,6 +6,9 @@ import json
 import os
 import random
 import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from running import PLAIN, World, get, until
@@ -149,3 +152,17 @@ def test_workers_run_as_another_user(world: World) -> None:
     done = world.run("run", "--name", "x", "--user", "no-such-user", "--", "true")
     assert done.returncode == 2 and "no-such-user" in done.stderr
     web.stop()
+
+
+def test_fuzz_target_runs() -> None:
+    fuzz = Path(__file__).parents[2] / "fuzz" / "fuzz_supervise.py"
+    done = subprocess.run([sys.executable, str(fuzz), "--smoke"], capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "40000 inputs" in done.stdout
+
+
+def test_commands_that_end_at_once_fail_clearly(world: World) -> None:
+    """Also when the process is gone before we have looked at it."""
+    for _ in range(5):
+        done = world.run("run", *WEB, *QUICK, "--", "true")
+        assert done.returncode == 4 and "exited with code 0 before it took over" in done.stderr

@@ -265,6 +265,20 @@ def test_term_during_a_reload_drops_the_new_generation(world: World) -> None:
     assert "the service was stopped" in web.said()
 
 
+def test_stop_during_a_reload_drops_the_new_generation(world: World) -> None:
+    web = world.start("--name", "web", "--bind", "127.0.0.1:0", "--ready-hold", "2", "--", *PLAIN)
+    web.serves(1)
+    results: list = []
+    thread = threading.Thread(target=lambda: results.append(web.reload()))
+    thread.start()
+    until(lambda: "generation 2 started" in web.said(), web.said())
+    new = web.workers(2)
+    web.stop()
+    thread.join()
+    assert results[0].returncode != 0 and "stopped" in results[0].stderr
+    assert not any(alive(pid) for pid in new)
+
+
 def test_status_counts_connections_per_generation(world: World) -> None:
     web = world.start(
         "--name", "web", "--bind", "127.0.0.1:0", *QUICK, "--drain", "forever", "--", *PLAIN, PLAIN_SLOW="0"

@@ -123,10 +123,18 @@ class Control:
     def _on_accept(self) -> None:
         try:
             sock, _ = self.sock.accept()
-        except OSError:
+        except BlockingIOError:
+            return
+        except OSError:  # no descriptor left, say: look again when there may be one
+            self.loop.forget(self.sock)
+            self.loop.after(0.5, self._listen_again)
             return
         sock.setblocking(False)
         self.adopt(sock)
+
+    def _listen_again(self) -> None:
+        if self.sock.fileno() >= 0:
+            self.loop.watch(self.sock, self._on_accept)
 
     def adopt(self, sock: socket.socket) -> Request:
         request = Request(self, sock)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from enum import StrEnum
 from typing import Any
 
-from ..errors import GenerationFailed, SuperviseError
+from ..errors import GenerationFailed, PortwayError
 from .binds import parse_binds
 from .config import Options, check_placeholder
 from .listeners import Group, Listener
@@ -96,7 +96,7 @@ class Generation:
         who = identity(options.user, options.group)
         if self.inbox is None:
             self.inbox = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        extra, mine = worker.prepare(loop, watchdog=bool(options.watchdog), ready_fd=options.ready == "fd")
+        extra, mine = worker.prepare(loop, ready_fd=options.ready == "fd")
         if who is not None:
             worker.uids |= {who.uid}
         try:
@@ -110,7 +110,7 @@ class Generation:
             worker.started(
                 launch(Launch(self.command(), listen, names, extra, self._environ(worker), cwd, who, stdout))
             )
-        except SuperviseError:
+        except (PortwayError, OSError):
             worker.close(loop)
             raise
         finally:

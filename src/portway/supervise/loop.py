@@ -8,6 +8,7 @@ import selectors
 import signal
 import socket
 import time
+import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -87,13 +88,20 @@ class Loop:
         for key, _ in self._selector.select(wait):
             # An earlier callback of this round may have closed it; its number may mean another by now.
             if self._selector.get_map().get(key.fd) is key:
-                key.data()
+                self._guarded(key.data)
         now = time.monotonic()
         while self._timers and self._timers[0][0] <= now:
             timer = heapq.heappop(self._timers)[2]
             call, timer.call = timer.call, None
             if call is not None:
-                call()
+                self._guarded(call)
+
+    def _guarded(self, call: Callback) -> None:
+        """A mistake of ours in one callback must not take a service down."""
+        try:
+            call()
+        except Exception:
+            traceback.print_exc()
 
     def close(self) -> None:
         signal.set_wakeup_fd(-1)

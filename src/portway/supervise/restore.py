@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import socket
 import time
@@ -29,14 +30,26 @@ def load_plan(state: dict[str, Any]) -> dict[str, Any]:
     try:
         plan = state["plan"]
         Options.load(state["options"])
+        _whole(state["number"], state["reloads"], state["pid"])
         for group in state["groups"]:
             parse_bind(group["bind"])
+            for member in group["members"]:
+                _whole(member["inode"], member["generation"])
+                os.fspath(member["path"])
         for generation in state["generations"]:
             Options.load(generation["options"])
             Phase(generation["phase"])
+            for worker in generation["workers"]:
+                _whole(worker["pid"], worker["start"], worker["line_inode"])
         return {key: plan[key] for key in ("name", "given", "file", "environ")}
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ConfigurationError(f"this portway cannot read that state: {type(error).__name__}: {error}") from error
+
+
+def _whole(*values: object) -> None:
+    for value in values:
+        if type(value) is not int or value < 0:
+            raise ValueError(f"{value!r} is no number of a process, socket or generation")
 
 
 def load_groups(supervisor: Supervisor, state: dict[str, Any], fetch: Fetch) -> None:

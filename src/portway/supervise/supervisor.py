@@ -304,7 +304,7 @@ class Supervisor:
         worker.restarts += 1
         try:
             generation.start(worker, self.loop, self.tail)
-        except PortwayError as error:
+        except (PortwayError, OSError) as error:
             worker.since = time.monotonic()
             self._restart_later(generation, worker, 0, f"did not start ({error})")
             return
@@ -415,7 +415,10 @@ class Supervisor:
             self._end()
 
     def save(self) -> None:
-        write_state(self.folder, snapshot(self))
+        try:
+            write_state(self.folder, snapshot(self))
+        except OSError as error:
+            self.say(f"the state file could not be written ({error.strerror}): a take-over would not know of this")
 
     def forget(self) -> None:
         """The service has ended for good: nothing of it stays in the folder."""

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from ..errors import ProcessNotFound
 from ..kernel.process import Pidfd, start_time
 from .loop import Loop, Timer
 
@@ -59,22 +60,29 @@ class Worker:
     def alive(self) -> bool:
         return self.pid > 0
 
-    def prepare(self, loop: Loop, *, watchdog: bool, ready_fd: bool) -> tuple[dict[str, int], list[int]]:
+    def prepare(self, loop: Loop, *, ready_fd: bool) -> tuple[dict[str, int], list[int]]:
         """New line and sockets for a new process: (descriptors by environment key, those to close after the start)."""
         self.close(loop)
         self.ready = self.hook = self.adopts = self.drained = self.ordered = self.killed = self.beats = False
         self.connections, self.text = None, ""
-        self.line, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.open_notify(f"\0portway/{os.geteuid()}/{secrets.token_hex(12)}")
+        write = -1
+        if ready_fd:
+            self.ready_pipe, write = os.pipe()
+            os.set_blocking(self.ready_pipe, False)
+        try:
+            self.line, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        except OSError:
+            if ready_fd:
+                os.close(write)
+            raise
         self.line.setblocking(False)
         self.line_inode = os.fstat(self.line.fileno()).st_ino
         extra = {"PORTWAY_CONTROL": theirs.fileno(), "PORTWAY_CONTROL_PEER": self.line.fileno()}
         mine = [theirs.detach()]
         if ready_fd:
-            self.ready_pipe, write = os.pipe()
-            os.set_blocking(self.ready_pipe, False)
             extra["PORTWAY_READY_FD"] = write
             mine.append(write)
-        self.open_notify(f"\0portway/{os.geteuid()}/{secrets.token_hex(12)}")
         self.watch(loop)
         return extra, mine
 
@@ -96,7 +104,10 @@ class Worker:
 
     def started(self, pid: int) -> None:
         self.pid = pid
-        self.start = start_time(pid)
+        try:
+            self.start = start_time(pid)
+        except ProcessNotFound:
+            self.start = 0  # it has ended already; we hear of it by SIGCHLD
         self.since = self.last_beat = time.monotonic()
 
     def ended(self) -> None:
@@ -120,9 +131,10 @@ class Worker:
             loop.forget(self.line)
             return
         if not flags & socket.MSG_TRUNC:
-            self._obey(data)
+            self.obey(data)
 
-    def _obey(self, data: bytes) -> None:
+    def obey(self, data: bytes) -> None:
+        """One packet of the control line. What is no object, or no verb we know, is ignored."""
         try:
             message = json.loads(data)
         except (ValueError, RecursionError):
@@ -160,9 +172,9 @@ class Worker:
             elif level == socket.SOL_SOCKET and kind == socket.SCM_CREDENTIALS:
                 uid = struct.unpack("iII", body[:12])[1]
         if uid in self.uids:
-            self._notified(data)
+            self.notified(data)
 
-    def _notified(self, data: bytes) -> None:
+    def notified(self, data: bytes) -> None:
         """sd_notify(3): KEY=VALUE lines."""
         for line in data.decode(errors="replace").splitlines():
             key, _, value = line.partition("=")
