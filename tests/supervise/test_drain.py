@@ -74,6 +74,7 @@ def test_forced_end_at_the_limit(world: World) -> None:
     assert web.ends() == 0
 
 
+@pytest.mark.slow
 def test_forever_lets_several_generations_live(world: World) -> None:
     web = world.start(*WEB, *QUICK, "--drain", "forever", "--", *PLAIN, PLAIN_SLOW="0.01")
     web.serves(1)

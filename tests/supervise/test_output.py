@@ -70,6 +70,7 @@ def test_files_of_long_gone_generations_are_removed(world: World) -> None:
     assert names == ["4.0.out", "5.0.out", "6.0.out", "7.0.out"]
 
 
+@pytest.mark.slow
 def test_size_and_age_replace_a_generation(world: World) -> None:
     code = (
         "import os\nif os.environ['PORTWAY_GENERATION'] == '1': x = b'1' * (200 << 20)\n"

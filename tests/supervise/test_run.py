@@ -36,6 +36,7 @@ def test_unchanged_servers_reload(world: World, command: list[str]) -> None:
         connect(address)
 
 
+@pytest.mark.slow
 def test_no_new_connection_is_lost_while_it_reloads(world: World) -> None:
     web = world.start("--name", "web", "--bind", "127.0.0.1:0", *QUICK, "--workers", "2", "--", *UVICORN)
     web.serves(1)
