@@ -88,3 +88,7 @@ _OURS = {one.name for one in command.params}
 SERVICE = _OURS - {"app", "name", "check", "as_json"}
 WORKER = [one for one in _uvicorn_options() if one.name not in _OURS]
 command.params += WORKER
+
+for _option in command.params:
+    if _option.name == "ready" and isinstance(_option, click.Option) and _option.help:
+        _option.help = _option.help.replace("[accepting]", "[notify]")

@@ -7,7 +7,13 @@ import json
 import sys
 
 from ..errors import (
-    CommandNotFound, ConfigurationError, GenerationFailed, InvalidAddress, NameInUse, NotRunning, OperationTimeout,
+    CommandNotFound,
+    ConfigurationError,
+    GenerationFailed,
+    InvalidAddress,
+    NameInUse,
+    NotRunning,
+    OperationTimeout,
     PortwayError,
 )  # fmt: skip
 
