@@ -2,7 +2,8 @@
 
 Answers every request, however long the connection lives, with "GENERATION PID". PLAIN_* in the environment makes it
 misbehave: PLAIN_CRASH=before (exits at once), PLAIN_DEAF=1 (never accepts), PLAIN_SLOW=seconds a request,
-PLAIN_STUBBORN=1 (ignores TERM), PLAIN_UNWELL=1 (503 for /health), PLAIN_NOTIFY=1 (says READY=1), PLAIN_CRASH_AFTER=seconds.
+PLAIN_STUBBORN=1 (ignores TERM), PLAIN_UNWELL=1 (503 for /health), PLAIN_NOTIFY=1 (says READY=1),
+PLAIN_CRASH_AFTER=seconds.
 """
 
 import os
