@@ -125,6 +125,8 @@ class _borrowed:
     """A socket object over somebody else's descriptor number, for a few calls."""
 
     def __init__(self, fd: int) -> None:
+        if fd < 0:
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
         if socket.getdefaulttimeout() is None:
             self._socket = socket.socket(fileno=fd)
             return

@@ -248,6 +248,13 @@ def test_one_inbox_for_each_process() -> None:
             call()
 
 
+def test_an_inbox_can_be_opened_again_at_once() -> None:
+    """Nothing of the library may hold the old one's name for a moment longer."""
+    for _ in range(500):
+        with portway.HandoffInbox(), portway.HandoffSession(os.getpid()):
+            pass
+
+
 @pytest.mark.parametrize("waiters", [1, 3])
 def test_closing_wakes_who_waits(waiters: int) -> None:
     box = portway.HandoffInbox()

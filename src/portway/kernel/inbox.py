@@ -84,7 +84,11 @@ class HandoffInbox:
             with within_limits("opening a HandoffInbox"):
                 self._open()
             _inbox = self
-        reaper.watch(self, self._listener.fileno(), _HOUR, self._first_comes)
+        self._watch()
+
+    def _watch(self) -> None:
+        # By way of the epoll set: a poll() on the listener itself would keep its name taken after close().
+        reaper.watch(self, self._ready.fileno(), _HOUR, self._first_comes)
 
     def _open(self) -> None:
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
@@ -358,9 +362,9 @@ class HandoffInbox:
                 if not self._fresh(claim.expires_ns, fds):
                     del self._addressed[nonce]
             self._ring()
-            if stuck or self._lines or self._queue or self._addressed:
+            if stuck or self._lines or self._queue or self._addressed or self._failure:
                 return _SWEEP
-            reaper.watch(self, self._listener.fileno(), _HOUR, self._first_comes)
+            self._watch()
             return None
         finally:
             self._lock.release()

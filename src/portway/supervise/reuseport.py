@@ -22,7 +22,7 @@ class TcpGroup(Group):
     A listener whose generation has ended becomes a spare, for the next generation. Closing one is what cannot be done
     without a moment between: the kernel takes a listener out of its group before it takes it out of the table of
     listeners, and a connection that arrives just then is lost (measured: one in some thousands of closes under load,
-    none in 500,000 connections without closing). It is closed all the same when somebody else still holds it, or when
+    none in 200,000 connections without closing). It is closed all the same when somebody else still holds it, or when
     there are spares enough.
 
     The kernel moves the last member into the place of one that closes. The ready member must never be the one that
