@@ -44,6 +44,7 @@ _HOUR = 3600.0
 
 _inbox: HandoffInbox | None = None
 _opening = threading.Lock()
+_closed_before = False
 
 
 def open_inbox() -> HandoffInbox | None:
@@ -95,6 +96,7 @@ class HandoffInbox:
         bell = -1
         try:
             self._bind()
+            self._listener.listen(128)
             bell = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
             self._ready = select.epoll()
         except BaseException:
@@ -107,14 +109,20 @@ class HandoffInbox:
         self._ready.register(self._bell, select.EPOLLIN)
 
     def _bind(self) -> None:
-        try:
-            self._listener.bind(inbox_name(*myself()))
-        except OSError as error:
-            raise AccessDenied(
-                f"the inbox name of pid {os.getpid()} is taken: by another process, or another interpreter of this one",
-                hint="`ss -xlp` says by whom",
-            ) from error
-        self._listener.listen(128)
+        deadline = Deadline(1 if _closed_before else 0)
+        while True:
+            try:
+                self._listener.bind(inbox_name(*myself()))
+                return
+            except OSError as error:
+                taken = error
+            if deadline.expired:
+                break
+            time.sleep(0.001)  # a poll() in another thread may hold the one before for a moment after its close()
+        raise AccessDenied(
+            f"the inbox name of pid {os.getpid()} is taken: by another process, or another interpreter of this one",
+            hint="`ss -xlp` says by whom",
+        ) from taken
 
     def fileno(self) -> int:
         """Readable while `receive` has something; for selectors and event loops."""
@@ -374,11 +382,11 @@ class HandoffInbox:
     def close(self) -> None:
         """Closes it and every socket that nobody asked for; who waits in `receive` gets `ObjectClosed`. Closing twice
         is fine."""
-        global _inbox
+        global _inbox, _closed_before
         with self._lock:
             if self._closed:
                 return
-            self._closed = True
+            self._closed = _closed_before = True
             if _inbox is self:
                 _inbox = None
             reaper.forget(self)
