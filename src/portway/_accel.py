@@ -9,9 +9,10 @@ import os
 from importlib import import_module
 from types import ModuleType
 
-__all__ = ["handoff", "name"]
+__all__ = ["handoff", "name", "sync"]
 
 handoff: ModuleType
+sync: ModuleType  # loaded when first used; futex words have no twin in Python, whatever PORTWAY_IMPL says
 name: str
 
 _wanted = os.environ.get("PORTWAY_IMPL", "")
@@ -25,3 +26,21 @@ except ImportError:
     if _wanted == "c":
         raise
     handoff, name = import_module("portway._handoff_python"), "python"
+
+
+def __getattr__(wanted: str) -> ModuleType:
+    if wanted != "sync":
+        raise AttributeError(f"module 'portway._accel' has no attribute {wanted!r}")
+    # the crash-point build is for tests: it ends its process where PORTWAY_CRASH_POINT says
+    module = "sync_crash" if os.environ.get("PORTWAY_CRASH_POINT") is not None else "sync"
+    try:
+        loaded = import_module(f"portway._native.{module}")
+    except ImportError as error:
+        from .errors import MissingExtra
+
+        raise MissingExtra(
+            f"kernel objects need the native module portway._native.{module}: {error}",
+            hint="install portway with a C compiler present, or from a wheel",
+        ) from error
+    globals()["sync"] = loaded
+    return loaded
