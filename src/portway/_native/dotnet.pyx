@@ -1,4 +1,3 @@
-# cython: freethreading_compatible=True
 """The page of a .NET named mutex: taken, released and watched as glibc's robust mutexes are; see dotnet.h.
 
 Native only: the protocol is made of atomic stores and the kernel's robust list. `portway.kernel.dotnet_mutex` finds
