@@ -9,24 +9,32 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from ._native.view import View
     from .errors import PortwayError
+    from .kernel.dotnet_mutex import DotnetMutex
     from .kernel.framing import FramedSocket
     from .kernel.handoff import duplicate_and_close, duplicate_socket, socket_from, wait_claimed
     from .kernel.inbox import HandoffInbox
+    from .kernel.section import FileMapping
+    from .kernel.security import Security
     from .kernel.session import HandoffSession
     from .kernel.shared import SharedSocket
     from .supervise.hook import generation
     from .wire.handoff import SocketInformation, SocketInformationOptions
 
 __all__ = [
-    "FramedSocket", "HandoffInbox", "HandoffSession", "PortwayError", "SharedSocket", "SocketInformation",
-    "SocketInformationOptions", "__version__", "duplicate_and_close", "duplicate_socket", "generation", "socket_from",
-    "wait_claimed",
+    "DotnetMutex", "FileMapping", "FramedSocket", "HandoffInbox", "HandoffSession", "PortwayError", "Security",
+    "SharedSocket", "SocketInformation", "SocketInformationOptions", "View", "__version__", "duplicate_and_close",
+    "duplicate_socket", "generation", "socket_from", "wait_claimed",
 ]  # fmt: skip
 
 __version__ = "0.1.0"
 
 _HOME = {
+    "DotnetMutex": "kernel.dotnet_mutex",
+    "FileMapping": "kernel.section",
+    "Security": "kernel.security",
+    "View": "_native.view",
     "FramedSocket": "kernel.framing",
     "HandoffInbox": "kernel.inbox",
     "HandoffSession": "kernel.session",

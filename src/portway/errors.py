@@ -33,6 +33,10 @@
      |   +- TooManyPosts          (ValueError)            a semaphore released above its maximum; nothing changed
      |   +- TooManyHolders        (OSError)               more processes than an object has places for
      |   +- NotEnoughMemory       (MemoryError)           the file system of the objects is full
+     |   +- InvalidParameter      (ValueError)            a size, offset or count that no object can have
+     |   +- MappedAlignment       (ValueError)            a view's offset is no multiple of 64 KiB
+     |   +- FileInvalid           (ValueError)            an empty file cannot be mapped
+     |   +- ViewInUse             (BufferError)           unmap() while exported buffers are alive; nothing was unmapped
      |   +- ObjectCorrupt                                 what lies in shared memory cannot be, or a lock is stuck
      |   +- WaitInterrupted       (InterruptedError)      an alertable wait was ended by portway.alert()
      +- SuperviseError                                    `portway run` and its verbs
@@ -50,12 +54,12 @@ from __future__ import annotations
 
 __all__ = [
     "AccessDenied", "AddressInUse", "AlreadyExists", "BadPathName", "CommandNotFound", "ConfigurationError",
-    "GenerationFailed", "HandoffError", "HandoffRefused", "InformationExpired", "InformationUsed", "InvalidAddress",
-    "InvalidHandle", "InvalidInformation", "KernelObjectError", "MissingExtra", "NameInUse", "NameTooLong",
+    "FileInvalid", "GenerationFailed", "HandoffError", "HandoffRefused", "InformationExpired", "InformationUsed", "InvalidAddress",
+    "InvalidHandle", "InvalidInformation", "InvalidParameter", "KernelObjectError", "MappedAlignment", "MissingExtra", "NameInUse", "NameTooLong",
     "NotEnoughMemory", "NotOwner", "NotRunning", "NotSupported", "ObjectClosed", "ObjectCorrupt", "ObjectNotFound",
     "OperationAborted", "OperationTimeout", "PathNotFound", "PortwayError", "ProcessNotFound", "ProviderNotFound",
     "SourceGone", "SuperviseError", "TooManyDescriptors", "TooManyHolders", "TooManyPosts", "UnsupportedSocket",
-    "WaitInterrupted", "WrongProcess", "for_code",
+    "ViewInUse", "WaitInterrupted", "WrongProcess", "for_code",
 ]  # fmt: skip
 
 
@@ -197,6 +201,22 @@ class TooManyHolders(KernelObjectError, OSError):
 
 class NotEnoughMemory(KernelObjectError, MemoryError):
     code = 8  # ERROR_NOT_ENOUGH_MEMORY
+
+
+class InvalidParameter(KernelObjectError, ValueError):
+    code = 87  # ERROR_INVALID_PARAMETER
+
+
+class MappedAlignment(KernelObjectError, ValueError):
+    code = 1132  # ERROR_MAPPED_ALIGNMENT
+
+
+class FileInvalid(KernelObjectError, ValueError):
+    code = 1006  # ERROR_FILE_INVALID
+
+
+class ViewInUse(KernelObjectError, BufferError):
+    code = 1224  # ERROR_USER_MAPPED_FILE
 
 
 class ObjectCorrupt(KernelObjectError):
