@@ -23,6 +23,7 @@ import stat
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from typing import NamedTuple
 
 from .._accel import sync as _native
@@ -59,7 +60,7 @@ from .process import user_name
 __all__ = ["Entry", "Kind", "MAX_NAME", "Name", "Namespace", "ObjectFile", "check_folder", "default_root", "parse_name"]
 
 MAX_NAME = 259
-MIN_SIZE = SLOTS + objectfile.PAGE
+MIN_SIZE = objectfile.FREE_PAGES
 ATTEMPTS = 1000
 
 
@@ -198,11 +199,13 @@ class Namespace:
     def create(
         self, kind: Kind, name: str | None, *, exclusive: bool = False, size: int = 0, flags: int = 0,
         mode: int = 0o600, prepare: Callable[[int], None] | None = None,
+        ready: Callable[[ObjectFile], None] | None = None,
     ) -> tuple[ObjectFile, bool]:  # fmt: skip
         """The object of this name, made if there is none; True when it was there already. `release` it later.
 
-        ``prepare(fd)`` fills a new file before it has a name: whatever it raises leaves nothing behind. `size` goes
-        into the header, `mode` is exact whatever the umask. `InvalidHandle` when another kind has the name,
+        ``prepare(fd)`` fills a new file before it has a name, ``ready(file)`` is called when it is complete but still
+        has none: whatever they raise leaves nothing behind. `size` goes into the header, `mode` is exact whatever the
+        umask. `InvalidHandle` when another kind has the name,
         `AlreadyExists` for an existing one with ``exclusive=True``.
         """
         parsed = parse_name(name) if name else Name("Local", "")
@@ -217,7 +220,7 @@ class Namespace:
                         release(found)
                         raise AlreadyExists(f"{kind} {parsed} exists already", hint="open it, or leave out exclusive")
                     return found, True
-            made = self._create(folder, path, kind, parsed, size, flags, mode, prepare)
+            made = self._create(folder, path, kind, parsed, size, flags, mode, prepare, ready)
             if made is not None:
                 return made, False
         raise OperationTimeout(f"{kind} {parsed}: others make and remove it all the time")
@@ -253,7 +256,7 @@ class Namespace:
 
     def _create(
         self, folder: str, path: str, kind: Kind, name: Name, size: int, flags: int, mode: int,
-        prepare: Callable[[int], None] | None,
+        prepare: Callable[[int], None] | None, ready: Callable[[ObjectFile], None] | None,
     ) -> ObjectFile | None:  # fmt: skip
         """None when another process was first."""
         try:
@@ -262,25 +265,27 @@ class Namespace:
             if error.errno in (errno.EOPNOTSUPP, errno.EISDIR):
                 raise NotSupported(f"{folder}: this file system lacks O_TMPFILE", hint="use tmpfs or ext4") from error
             raise full(error, folder) from error
-        claimed = False
+        made: ObjectFile | None = None
         try:
             os.fchmod(fd, mode)
             os.truncate(fd, MIN_SIZE)
-            _native.allocate(fd, 0, MIN_SIZE)
+            _native.allocate(fd, 0, SLOTS + objectfile.PAGE)  # the other pages of slots are seldom needed
             home = _native.pid_namespace()
             os.pwrite(fd, pack_header(kind, name.text, flags=flags, size=size, pid_namespace=home), 0)
             if prepare is not None:
                 prepare(fd)
-            claim_slot(fd, path)
-            claimed = True
+            made = ObjectFile(fd, path, read_header(fd, path), scope=name.scope)
+            made.claim()
+            if ready is not None:
+                ready(made)
             with _lock:
                 os.link(f"/proc/self/fd/{fd}", path, src_dir_fd=fd)  # by linkat, which follows
-                made = ObjectFile(fd, path, read_header(fd, path), scope=name.scope)
                 _register(made)
             return made
         except BaseException as error:
-            if claimed:
-                _native.guard_remove(fd)
+            if made is not None and made.sync is not None:
+                made.sync.close()
+            _native.guard_remove(fd)
             os.close(fd)
             if isinstance(error, FileExistsError):
                 return None
@@ -377,7 +382,9 @@ def _join(fd: int, path: str, kind: Kind | None, name: Name | None, scope: str, 
             if os.fstat(fd).st_nlink == 0:
                 return _AGAIN
             if not objectfile.held_by_others(fd):
-                return _AGAIN if _remove(fd, path) else _refuse(path, info.st_uid)
+                if not _remove(fd, path):
+                    raise _kept(path, info.st_uid)
+                return _AGAIN
             header = read_header(fd, path)
             _check(header, kind, name, path)
             if info.st_size < MIN_SIZE:
@@ -388,8 +395,8 @@ def _join(fd: int, path: str, kind: Kind | None, name: Name | None, scope: str, 
         return made
 
 
-def _refuse(path: str, owner: int) -> None:
-    raise AccessDenied(
+def _kept(path: str, owner: int) -> AccessDenied:
+    return AccessDenied(
         f"{path} has no holder left, but only uid {user_name(owner)} may remove it",
         hint=f"as that user, or as root: portway sync ls, or rm {path}",
     )
@@ -399,7 +406,7 @@ def _check(header: Header, kind: Kind | None, name: Name | None, path: str) -> N
     if name is not None and header.name != name.text:
         raise ObjectCorrupt(f"{path} says it is {header.name!r}, its place is that of {name.text!r}", hint="remove it")
     if kind is not None and header.kind is not kind:
-        raise InvalidHandle(f"{name or path} is {header.kind.article}, not {kind.article}", hint="all kinds share their names")
+        raise InvalidHandle(f"{name or path} is {header.kind.article}, not {kind.article}", hint="all kinds share names")
 
 
 def _remove(fd: int, path: str) -> bool:
@@ -430,6 +437,11 @@ def _look(path: str, scope: str) -> Entry | None:
         os.close(fd)
 
 
+def lock() -> AbstractContextManager[object]:
+    """Held while this process joins or leaves; also for what handles of one object set up together."""
+    return _lock
+
+
 def retain(one: ObjectFile) -> ObjectFile:
     """Another handle of this process on the same object."""
     with _lock:
@@ -445,7 +457,7 @@ def release(one: ObjectFile) -> None:
             return
         _open.pop(one.key, None)
         if one.sync is not None:
-            one.sync.close()  # type: ignore[attr-defined]
+            one.sync.close()
         one.leave()
 
 

@@ -34,7 +34,7 @@ import struct
 import time
 from contextlib import contextmanager
 from enum import IntEnum
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .._accel import sync as _native
 from ..errors import (
@@ -49,7 +49,7 @@ from ..errors import (
 from .process import start_time
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
 __all__ = [
     "BODY", "FREE_PAGES", "GATE", "HEADER", "Header", "Holder", "Kind", "MAX_HOLDERS", "ObjectFile", "PAGE", "SLOTS",
@@ -209,7 +209,7 @@ class ObjectFile:
         self.key = (info.st_dev, info.st_ino)
         self.owner = info.st_uid
         self.references = 1
-        self.sync: object | None = None
+        self.sync: Any = None
         """The mapped page of a synchronisation object (`kernel.sync_base`)."""
 
     @property
@@ -237,7 +237,7 @@ class ObjectFile:
         with reopened(self.fd) as other:
             return holders_of(other)
 
-    def leave(self, before_unlink: Callable[[ObjectFile], None] | None = None) -> None:
+    def leave(self) -> None:
         """Gives the hold back; the last holder removes the name. Called once, by the registry of `namespace`."""
         fd, self.fd = self.fd, -1
         try:
@@ -252,9 +252,8 @@ class ObjectFile:
             os.close(fd)
 
 
-def claim_slot(fd: int, path: str, writable: bool = True, pid: int | None = None) -> int:
-    """Locks a free slot, notes who we are in it and tells the fork guard."""
-    pid = os.getpid() if pid is None else pid
+def lock_slot(fd: int, path: str, writable: bool = True) -> int:
+    """Locks a free slot for this descriptor and notes who we are in it."""
     kind = fcntl.F_WRLCK if writable else fcntl.F_RDLCK
     for slot in range(MAX_HOLDERS):
         if _try_lock(fd, FIRST + slot, kind):
@@ -262,12 +261,18 @@ def claim_slot(fd: int, path: str, writable: bool = True, pid: int | None = None
     else:
         raise TooManyHolders(f"{path}: {MAX_HOLDERS} processes have it open, more cannot")
     if writable:
+        pid = os.getpid()
         try:
             os.pwrite(fd, _SLOT.pack(pid, 0, start_time(pid)), SLOTS + slot * _SLOT.size)
         except OSError as error:
             raise full(error, path) from error
-    if pid:
-        _native.guard_add(fd, slot, int(writable))
+    return slot
+
+
+def claim_slot(fd: int, path: str, writable: bool = True) -> int:
+    """`lock_slot` for as long as the process has the object: the fork guard is told."""
+    slot = lock_slot(fd, path, writable)
+    _native.guard_add(fd, slot, int(writable))
     return slot
 
 
