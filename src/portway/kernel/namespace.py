@@ -406,7 +406,7 @@ def _check(header: Header, kind: Kind | None, name: Name | None, path: str) -> N
     if name is not None and header.name != name.text:
         raise ObjectCorrupt(f"{path} says it is {header.name!r}, its place is that of {name.text!r}", hint="remove it")
     if kind is not None and header.kind is not kind:
-        raise InvalidHandle(f"{name or path} is {header.kind.article}, not {kind.article}", hint="all kinds share names")
+        raise InvalidHandle(f"{name or path} is {header.kind.article}, not {kind.article}", hint="kinds share names")
 
 
 def _remove(fd: int, path: str) -> bool:
