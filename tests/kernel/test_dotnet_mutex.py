@@ -33,7 +33,8 @@ HERE = "Global\\portway-test-" + str(os.getpid())
 
 
 def net(*words: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([NETPEER, "mem", *words], capture_output=True, text=True, timeout=60, stdin=subprocess.DEVNULL)
+    command = [NETPEER, "mem", *words]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, stdin=subprocess.DEVNULL)
 
 
 @contextlib.contextmanager
@@ -64,6 +65,12 @@ def mutex(name: str) -> Iterator[DotnetMutex]:
         yield mutex
 
 
+def took(mutex: DotnetMutex, timeout: float) -> bool:
+    """Acquires; whether it was abandoned."""
+    assert mutex.acquire(timeout) is True
+    return mutex.abandoned
+
+
 def peer_with(name: str, **options: object) -> Talker:
     peer = Talker()
     peer.do(MUTEX.format(name, options))
@@ -84,13 +91,15 @@ class TestWithDotnet:
                 mutex.release()
             peer.stdin.write("quit\n")  # type: ignore[union-attr]
             peer.stdin.flush()  # type: ignore[union-attr]
-            assert mutex.acquire(10) is False
+            assert took(mutex, 10) is False
 
     def test_held_by_us(self, mutex: DotnetMutex, name: str) -> None:
         mutex.acquire()
         mutex.acquire()
         assert net("mutex-try", name, "50").returncode == 3
         mutex.release()
+        with mutex as same:
+            assert same is mutex
         assert net("mutex-try", name, "0").returncode == 3
         mutex.release()
         assert net("mutex-try", name, "0").returncode == 0
@@ -119,13 +128,13 @@ class TestWithDotnet:
 
     def test_abandoned_by_dotnet(self, mutex: DotnetMutex, name: str) -> None:
         assert net("mutex-abandon", name).returncode == -signal.SIGKILL
-        assert mutex.acquire(5) is True
+        assert took(mutex, 5) is True
         mutex.release()
-        assert mutex.acquire(5) is False  # told once
+        assert took(mutex, 5) is False  # told once
 
     def test_dotnet_killed_while_we_wait(self, mutex: DotnetMutex, name: str) -> None:
         with net_holding("mutex-hold", name) as holder, peer_with(name) as waiter:
-            waiter.start("m.acquire(20)")
+            waiter.start("[m.acquire(20), m.abandoned][1]")
             until(waiter.sleeping)
             holder.kill()
             assert waiter.answer() is True
@@ -198,7 +207,7 @@ def test_recursion_and_ownership(mutex: DotnetMutex, name: str) -> None:
         assert second.already_exists
         mutex.acquire()
         second.acquire(0)
-        assert mutex.depth == second.depth == 2
+        assert mutex.depth == second.depth == 2 and mutex.owned
         refused: list[BaseException] = []
 
         def elsewhere() -> None:
@@ -222,9 +231,9 @@ def test_a_thread_that_ends_abandons(mutex: DotnetMutex) -> None:
     thread = threading.Thread(target=mutex.acquire)
     thread.start()
     thread.join()
-    assert mutex.acquire(10) is True
+    assert took(mutex, 10) is True
     mutex.release()
-    assert mutex.acquire(0) is False
+    assert took(mutex, 0) is False
 
 
 def test_a_fork_childs_close_changes_nothing(name: str) -> None:
@@ -276,7 +285,7 @@ def test_killed_owner_told_once_among_waiters(mutex: DotnetMutex, name: str) -> 
             with peer_with(name) as owner:
                 owner.get("m.acquire()")
                 for waiter in (one, two):
-                    waiter.start("[m.acquire(20), m.release()][0]")
+                    waiter.start("[m.acquire(20), m.abandoned, m.release()][1]")
                     until(waiter.sleeping)
                 owner.kill()
                 assert sorted([one.answer(), two.answer()]) == [False, True]
@@ -325,7 +334,7 @@ def test_ctrl_c_ends_the_wait(mutex: DotnetMutex, name: str) -> None:
             waiter.answer(5)
         assert told.value.kind == "KeyboardInterrupt"
         mutex.release()
-        assert waiter.get("m.acquire(5)") is False
+        assert waiter.get("[m.acquire(5), m.abandoned]") == [True, False]
 
 
 @pytest.mark.parametrize(
@@ -338,17 +347,17 @@ def test_names_dotnet_refuses(bad: str) -> None:
 
 def test_missing_and_closed(name: str) -> None:
     with pytest.raises(errors.ObjectNotFound, match=r"no \.NET mutex has the name"):
-        DotnetMutex(name, create=False)
+        DotnetMutex.open(name)
     mutex = DotnetMutex(name, initially_owned=True)
     assert mutex.depth == 1
     mutex.release()
     mutex.close()
     mutex.close()
-    for call in (mutex.acquire, mutex.release, lambda: mutex.depth):
+    for call in (mutex.acquire, mutex.release, lambda: mutex.owned):
         with pytest.raises(errors.ObjectClosed):
             call()
     with pytest.raises(errors.ObjectNotFound):
-        DotnetMutex(name, create=False)
+        DotnetMutex.open(name)
 
 
 def _planted(name: str, content: bytes, held: bool = True) -> int:
@@ -399,7 +408,7 @@ def test_what_a_dead_one_left_is_made_anew(name: str) -> None:
     os.close(_planted(name, b"\xff" * 9000, held=False))
     with contextlib.closing(DotnetMutex(name)) as mutex:
         assert mutex.already_exists is False
-        assert mutex.acquire(0) is False
+        assert took(mutex, 0) is False
         mutex.release()
 
 
@@ -489,7 +498,7 @@ def test_nothing_stays_open(name: str) -> None:
     for _ in range(20):
         DotnetMutex(name).close()
         with contextlib.suppress(errors.PortwayError):
-            DotnetMutex(name, create=False)
+            DotnetMutex.open(name)
     assert sorted(os.listdir("/proc/self/fd")) == before
     assert name not in Path("/proc/self/maps").read_text()
 
@@ -504,7 +513,7 @@ def test_another_user(name: str) -> None:
         with pytest.raises(Failed, match="OperationTimeout"):
             other.get("m.acquire(0)")
         mutex.release()
-        assert other.get("m.acquire(5)") is False
+        assert other.get("[m.acquire(5), m.abandoned]") == [True, False]
         other.do(f"private = DotnetMutex({name!r}, current_user_only=True)")
         assert "/.dotnet-uid65534/" in other.get("private.path")
         other.do("private.close()")

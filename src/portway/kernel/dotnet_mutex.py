@@ -84,7 +84,7 @@ def _open(place: files.Place, deadline: Deadline, *, create: bool) -> tuple[_Sha
         return shared, fresh
 
 
-# -- fork: the child gets a lock of its own on every file, so that neither's close is taken for the last ----------------
+# -- fork: the child gets a lock of its own on every file, so that neither's close is taken for the last ---------------
 
 
 def _before_fork() -> None:
@@ -123,8 +123,10 @@ class DotnetMutex:
     r"""A handle of ``new Mutex(false, name)`` of .NET on this machine. Recursive; owned by a thread.
 
     ``name`` is one of this Unix session (``Local\x``, ``x``) or of the machine (``Global\x``). Plain names are open to
-    every user, as .NET makes them; ``current_user_only=True`` is .NET 10's ``NamedWaitHandleOptions``. With
-    ``create=False`` a missing one is `ObjectNotFound`. ``initially_owned`` takes it only if this call made it.
+    every user, as .NET makes them; ``current_user_only=True`` is .NET 10's ``NamedWaitHandleOptions``.
+    ``initially_owned`` takes it only if this call made it (`already_exists` is False). `open` only opens.
+
+    ``with`` acquires and releases. An acquire after its owner's death succeeds and sets `abandoned` until the next one.
 
     `NotSupported`: no native modules, not glibc, or a file of another layout (.NET 11, musl, another architecture),
     which stays untouched. `AccessDenied`: a folder or file that a stranger put there. `OperationTimeout`: somebody
@@ -133,22 +135,30 @@ class DotnetMutex:
     Whoever may write the file can lie in it, and in a plain name's folder that is every user of the machine: they can
     keep the mutex taken or free it, as with .NET. They cannot make this process crash or write elsewhere.
 
-    Closing: by ``close()``, ``with`` on `closing`, or with the last reference. Closing a process's last handle while
+    Closed by ``close()`` or with its last reference. Closing a process's last handle while
     one of its threads owns the mutex abandons it. A mutex owned by a thread that ends, or by a process that is killed
     or calls exec, is abandoned. A fork child owns none.
     """
 
     def __init__(
-        self, name: str, *, current_user_only: bool = False, initially_owned: bool = False, create: bool = True,
-        timeout: float | None = 5.0,
-    ) -> None:  # fmt: skip
-        self.name = name
-        self._closed = True
+        self, name: str, *, current_user_only: bool = False, initially_owned: bool = False, timeout: float | None = 5.0
+    ) -> None:
+        self._join(name, current_user_only, timeout, create=True)
+        if initially_owned and self._fresh:
+            self.acquire(0)
+
+    @classmethod
+    def open(cls, name: str, *, current_user_only: bool = False, timeout: float | None = 5.0) -> Self:
+        """One that somebody has open; else `ObjectNotFound`."""
+        self = cls.__new__(cls)
+        self._join(name, current_user_only, timeout, create=False)
+        return self
+
+    def _join(self, name: str, current_user_only: bool, timeout: float | None, *, create: bool) -> None:
+        self.name, self.abandoned, self._closed = name, False, True
         place = files.place_of(name, current_user_only)
         self._shared, self._fresh = _open(place, Deadline(timeout), create=create)
         self._closed = False
-        if initially_owned and self._fresh:
-            self.acquire(0)
 
     @property
     def already_exists(self) -> bool:
@@ -164,13 +174,16 @@ class DotnetMutex:
     def closed(self) -> bool:
         return self._closed
 
+    abandoned: bool
+    """The last acquire through this handle took it from an owner that had died. One owner is told."""
+
     def _page(self) -> Page:
         if self._closed:
             raise ObjectClosed(f"DotnetMutex {self.name!r} is closed")
         return self._shared.page
 
     def acquire(self, timeout: float | None = None) -> bool:
-        """Owns it after that: True if its last owner ended without releasing it (abandoned), else False.
+        """Owns it after that; `abandoned` says whether its last owner ended without releasing it. Always True.
 
         Waits up to `timeout` seconds, None without limit: `OperationTimeout`. Every acquire needs one release.
         `ObjectCorrupt`: the file was cut or holds what no .NET writes. Ctrl-C ends the wait.
@@ -183,7 +196,9 @@ class DotnetMutex:
                 raise ObjectClosed(f"DotnetMutex {self.name!r} was closed while waiting")
             raise deadline.error(f"waiting for DotnetMutex {self.name!r}")
         self._check(got)
-        return bool(got == _native.ABANDONED)
+        if page.depth == 1:
+            self.abandoned = got == _native.ABANDONED
+        return True
 
     def _check(self, got: int) -> None:
         if got == _native.CORRUPT:
@@ -200,6 +215,11 @@ class DotnetMutex:
         if got == _native.NOT_OWNER:
             raise NotOwner(f"DotnetMutex {self.name!r}: this thread does not own it")
         self._check(got)
+
+    @property
+    def owned(self) -> bool:
+        """This thread owns it."""
+        return self.depth > 0
 
     @property
     def depth(self) -> int:

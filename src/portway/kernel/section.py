@@ -17,6 +17,7 @@ for reading and writing maps all three.
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import struct
 from types import TracebackType
@@ -32,9 +33,10 @@ from ..errors import (
 )
 from . import namespace as names
 from .namespace import Kind, Namespace
-from .objectfile import BODY, FREE_PAGES, ObjectFile
+from .objectfile import BODY, FIRST, FREE_PAGES, MAX_HOLDERS, ObjectFile
 from .section_file import PATH_MAX, AnyFile, Backing, backing_of, extend, open_backing, own_descriptor, size_of
 from .security import Security
+from .sync_base import _arrived, _transit
 
 if TYPE_CHECKING:
     from .._native.view import View
@@ -243,7 +245,7 @@ class FileMapping:
 
         chosen: Access = self._access if access is None else access
         length = self._span(offset, length, chosen)
-        with names._lock:
+        with names.lock():
             fd = self._descriptor()
             reserve = _sparse_descriptor(fd, chosen) if self._object.header.flags & _SPARSE else -1
             position = offset if self._backing else BODY + offset
@@ -281,7 +283,7 @@ class FileMapping:
         """Gives up this handle; views stay. Closing twice is fine."""
         if self._closed:
             return
-        with names._lock:
+        with names.lock():
             closing, self._closed = not self._closed, True
         if closing:
             fd, self._fd = self._fd, -1
@@ -301,11 +303,11 @@ class FileMapping:
         self.close()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """As an argument of a multiprocessing process, which must start while this handle is open."""
+        """As an argument of a multiprocessing process; other pickles open it again while somebody has it open."""
         if self._closed:
             raise ObjectClosed("this FileMapping is closed")
-        root = os.path.dirname(os.path.dirname(self._object.path))
-        return _again, (root, self._object.path, self._object.header.number, self._access)
+        sent = _transit(self._object) if self._object.writable else None
+        return _again, (self._object.path, self._object.header.number, self._access, sent)
 
     def __repr__(self) -> str:
         if self._closed:
@@ -313,8 +315,15 @@ class FileMapping:
         return f"<FileMapping {self.name or 'without name'}: {self.size} bytes, {self._access}>"
 
 
-def _again(root: str, path: str, number: int, access: Access) -> FileMapping:
-    return FileMapping._joined(Namespace(root).open_path(Kind.MAPPING, path, number), access, True)
+def _again(path: str, number: int, access: Access, sent: int | None) -> FileMapping:
+    root = os.path.dirname(os.path.dirname(path))
+    arrived = _arrived(sent)
+    try:
+        return FileMapping._joined(Namespace(root).open_path(Kind.MAPPING, path, number), access, True)
+    finally:
+        if arrived is not None:  # unlocked by word, since the sender's copy of this descriptor is the same hold
+            fcntl.fcntl(arrived, fcntl.F_OFD_SETLK, struct.pack("hhqqi4x", fcntl.F_UNLCK, 0, FIRST, MAX_HOLDERS, 0))
+            os.close(arrived)
 
 
 def _sparse_descriptor(fd: int, access: Access) -> int:
