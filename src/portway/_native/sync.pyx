@@ -77,7 +77,7 @@ cdef extern from "sync_multi.h":
     void pw_waiter_set(pw_waiter *, uint32_t *, uint32_t, int)
     int pw_futex_waitv(pw_waiter *, unsigned, int64_t) nogil
     int pw_futex_wait(uint32_t *, uint32_t, int64_t) nogil
-    long pw_futex_wake(uint32_t *, int) nogil
+    void pw_futex_wake_own(uint32_t *) nogil
     void pw_waiting(pw_body *, int)
 
 cdef extern from *:
@@ -164,7 +164,7 @@ cdef class AlertWord:
 
     def set(self):
         self.word = 1
-        pw_futex_wake(&self.word, 1)
+        pw_futex_wake_own(&self.word)
 
 
 cdef int64_t deadline(object timeout) except -1:

@@ -204,6 +204,12 @@ static long pw_futex_wake(uint32_t *word, int count) {
     return syscall(SYS_futex, word, FUTEX_WAKE, count, NULL, NULL, 0);
 }
 
+/* A word of this process, whichever way it is slept on. */
+static void pw_futex_wake_own(uint32_t *word) {
+    syscall(SYS_futex, word, FUTEX_WAKE | FUTEX_PRIVATE_FLAG, INT_MAX, NULL, NULL, 0);
+    pw_futex_wake(word, INT_MAX);
+}
+
 typedef struct {
     uint64_t val, uaddr;
     uint32_t flags, reserved;
