@@ -15,8 +15,10 @@ from ..errors import (
     ConfigurationError,
     GenerationFailed,
     InvalidAddress,
+    InvalidParameter,
     NameInUse,
     NotRunning,
+    ObjectNotFound,
     OperationTimeout,
     PortwayError,
 )
@@ -24,7 +26,8 @@ from ..errors import (
 __all__ = ["JSON", "NAME", "exit_code", "print_json", "remark", "report", "timeout"]
 
 EXIT = {  # 0 done, 1 any other error, 126/127 see below
-    ConfigurationError: 2, InvalidAddress: 2, NotRunning: 3, GenerationFailed: 4, OperationTimeout: 5, NameInUse: 6,
+    ConfigurationError: 2, InvalidAddress: 2, InvalidParameter: 2, NotRunning: 3, ObjectNotFound: 3,
+    GenerationFailed: 4, OperationTimeout: 5, NameInUse: 6,
 }  # fmt: skip
 
 

@@ -40,8 +40,9 @@ from .sync_base import _arrived, _transit
 
 if TYPE_CHECKING:
     from .._native.view import View
+    from .namespace import Entry
 
-__all__ = ["GRANULARITY", "Access", "FileMapping"]
+__all__ = ["GRANULARITY", "Access", "FileMapping", "file_behind"]
 
 Access = Literal["read", "read-write", "copy"]
 ACCESS: tuple[Access, ...] = ("read", "read-write", "copy")
@@ -324,6 +325,18 @@ def _again(path: str, number: int, access: Access, sent: int | None) -> FileMapp
         if arrived is not None:  # unlocked by word, since the sender's copy of this descriptor is the same hold
             fcntl.fcntl(arrived, fcntl.F_OFD_SETLK, struct.pack("hhqqi4x", fcntl.F_UNLCK, 0, FIRST, MAX_HOLDERS, 0))
             os.close(arrived)
+
+
+def file_behind(entry: Entry) -> str | None:
+    """The path in the page of a listed mapping; None when it has none, "?" when it cannot be read."""
+    if not entry.header.flags & _FILE:
+        return None
+    try:
+        with open(entry.path, "rb") as page:
+            _, length, _, _ = _EXTRA.unpack(os.pread(page.fileno(), _EXTRA.size, _EXTRA_AT))
+            return os.fsdecode(os.pread(page.fileno(), min(length, PATH_MAX), FREE_PAGES)) or None
+    except (OSError, struct.error):
+        return "?"
 
 
 def _sparse_descriptor(fd: int, access: Access) -> int:
