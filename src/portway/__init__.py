@@ -9,7 +9,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from ._native.view import View
     from .errors import PortwayError
     from .kernel.alert import alert
     from .kernel.dotnet_mutex import DotnetMutex
@@ -18,7 +17,7 @@ if TYPE_CHECKING:
     from .kernel.handoff import duplicate_and_close, duplicate_socket, socket_from, wait_claimed
     from .kernel.inbox import HandoffInbox
     from .kernel.mutex import Mutex
-    from .kernel.section import FileMapping
+    from .kernel.section import FileMapping, View
     from .kernel.security import Security
     from .kernel.semaphore import Semaphore
     from .kernel.session import HandoffSession
@@ -51,7 +50,7 @@ _HOME = {
     "SharedSocket": "kernel.shared",
     "SocketInformation": "wire.handoff",
     "SocketInformationOptions": "wire.handoff",
-    "View": "_native.view",
+    "View": "kernel.section",
     "WaitableTimer": "kernel.timer",
     "Waited": "kernel.wait",
     "alert": "kernel.alert",

@@ -9,10 +9,13 @@ import os
 from importlib import import_module
 from types import ModuleType
 
-__all__ = ["handoff", "name", "sync"]
+__all__ = ["dotnet", "handoff", "name", "sync", "view"]
 
 handoff: ModuleType
-sync: ModuleType  # loaded when first used; futex words have no twin in Python, whatever PORTWAY_IMPL says
+# Loaded when first used; futex words and guarded memory have no twin in Python, whatever PORTWAY_IMPL says.
+dotnet: ModuleType
+sync: ModuleType
+view: ModuleType
 name: str
 
 _wanted = os.environ.get("PORTWAY_IMPL", "")
@@ -29,10 +32,11 @@ except ImportError:
 
 
 def __getattr__(wanted: str) -> ModuleType:
-    if wanted != "sync":
+    if wanted not in ("dotnet", "sync", "view"):
         raise AttributeError(f"module 'portway._accel' has no attribute {wanted!r}")
     # the crash-point build is for tests: it ends its process where PORTWAY_CRASH_POINT says
-    module = "sync_crash" if os.environ.get("PORTWAY_CRASH_POINT") is not None else "sync"
+    crashing = wanted == "sync" and os.environ.get("PORTWAY_CRASH_POINT") is not None
+    module = "sync_crash" if crashing else wanted
     try:
         loaded = import_module(f"portway._native.{module}")
     except ImportError as error:
@@ -42,5 +46,5 @@ def __getattr__(wanted: str) -> ModuleType:
             f"kernel objects need the native module portway._native.{module}: {error}",
             hint="install portway with a C compiler present, or from a wheel",
         ) from error
-    globals()["sync"] = loaded
+    globals()[wanted] = loaded
     return loaded

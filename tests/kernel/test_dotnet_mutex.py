@@ -522,11 +522,19 @@ def test_another_user(name: str) -> None:
                 other.do(f"os.open({ours.path!r}, os.O_RDWR)")
 
 
-def test_without_glibc_or_native(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_without_native_modules() -> None:
     code = (
         "import sys; sys.modules['portway._native.dotnet'] = None\n"
-        "from portway.kernel.dotnet_mutex import DotnetMutex\n"
-        f"try: DotnetMutex({name!r})\nexcept Exception as e: print(type(e).__name__)"
+        "import portway\n"
+        "try: portway.DotnetMutex\nexcept Exception as e: print(type(e).__name__)"
     )
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert said.stdout.strip() == "NotSupported"
+    assert said.stdout.strip() == "MissingExtra"
+
+
+def test_without_glibc(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    from portway._native import dotnet
+
+    monkeypatch.setattr(dotnet, "SUPPORTED", False)
+    with pytest.raises(errors.NotSupported, match="glibc"):
+        DotnetMutex(name)

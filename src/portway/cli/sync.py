@@ -50,19 +50,14 @@ def _state(one: Any) -> dict[str, Any]:
 
 
 def _row(entry: Entry) -> dict[str, Any]:
+    from ..kernel.sync_base import open_entry
+
     row: dict[str, Any] = {**facts(entry), "waiters": None, "state": "?"}
     with suppress(PortwayError), ExitStack() as stack:
-        one = _joined(entry)
+        one: Any = open_entry(_classes()[str(entry.kind)], entry)
         stack.callback(one.close)
         row |= {"waiters": one.waiters, **_state(one)}
     return row
-
-
-def _joined(entry: Entry) -> Any:
-    from ..kernel.sync_base import _received
-
-    kind = _classes()[str(entry.kind)]
-    return _received(kind, entry.kind, entry.path, entry.header.number, None)
 
 
 @command.command("ls")

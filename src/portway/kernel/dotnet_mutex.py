@@ -12,6 +12,7 @@ import threading
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
+from .._accel import dotnet as _native
 from ..deadline import Deadline
 from ..errors import AccessDenied, NotOwner, NotSupported, ObjectClosed, ObjectCorrupt, ObjectNotFound
 from . import _dotnet_files as files
@@ -25,15 +26,7 @@ _lock = threading.RLock()
 _shared: dict[str, _Shared]
 
 
-try:
-    from .._native import dotnet as _native
-except ImportError:
-    _native = None
-
-
-def _require_native() -> None:
-    if _native is None:
-        raise NotSupported("DotnetMutex needs portway's native modules", hint="install a C compiler and build again")
+def _require_glibc() -> None:
     if not _native.SUPPORTED:
         raise NotSupported("DotnetMutex: .NET's mutex is glibc's, on a 64-bit little-endian machine; this is another")
 
@@ -43,7 +36,7 @@ class _Shared:
 
     def __init__(self, place: files.Place, deadline: Deadline, *, create: bool) -> None:
         self.place, self.handles, self.twin = place, 0, -1
-        _require_native()
+        _require_glibc()
         with files.folder_lock(place, deadline, create=create) as shm:
             self.fd, self.fresh = files.open_file(place, shm, create=create)
             try:
@@ -128,7 +121,7 @@ class DotnetMutex:
 
     ``with`` acquires and releases. An acquire after its owner's death succeeds and sets `abandoned` until the next one.
 
-    `NotSupported`: no native modules, not glibc, or a file of another layout (.NET 11, musl, another architecture),
+    `NotSupported`: not glibc, or a file of another layout (.NET 11, musl, another architecture),
     which stays untouched. `AccessDenied`: a folder or file that a stranger put there. `OperationTimeout`: somebody
     holds .NET's lock on the folder for `timeout` seconds.
 

@@ -41,8 +41,12 @@ from .sync_base import _arrived, _transit
 if TYPE_CHECKING:
     from .._native.view import View
     from .namespace import Entry
+else:
+    from .._accel import view as _native
 
-__all__ = ["GRANULARITY", "Access", "FileMapping", "file_behind"]
+    View = _native.View
+
+__all__ = ["GRANULARITY", "Access", "FileMapping", "View", "file_behind"]
 
 Access = Literal["read", "read-write", "copy"]
 ACCESS: tuple[Access, ...] = ("read", "read-write", "copy")
@@ -242,8 +246,6 @@ class FileMapping:
         `AccessDenied` (length past the end, more rights than the handle has), `NotEnoughMemory` (address space).
         Source: MapViewOfFile.
         """
-        from .._native.view import View
-
         chosen: Access = self._access if access is None else access
         length = self._span(offset, length, chosen)
         with names.lock():

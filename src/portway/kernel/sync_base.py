@@ -24,7 +24,7 @@ from .objectfile import FIRST, ObjectFile
 if TYPE_CHECKING:
     from .security import Security
 
-__all__ = ["ClosingObject", "KernelObject"]
+__all__ = ["ClosingObject", "KernelObject", "open_entry"]
 
 VALUE_AT, MAXIMUM_AT, TIMER_AT = 0xFC8, 0xE88, 0xE40
 MANUAL_RESET = 1
@@ -211,6 +211,11 @@ def _received(kind: type[KernelObject], number_kind: Kind, path: str, number: in
             fcntl.fcntl(arrived, fcntl.F_OFD_SETLK, lock)
             os.close(arrived)
     return self
+
+
+def open_entry(kind: type[KernelObject], entry: namespace.Entry) -> KernelObject:
+    """A handle on an object of a listing; `ObjectNotFound` when it has gone meanwhile."""
+    return _received(kind, entry.kind, entry.path, entry.header.number, None)
 
 
 def _arrived(sent: int | None) -> int | None:
