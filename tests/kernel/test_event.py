@@ -7,7 +7,7 @@ import signal
 import time
 
 import pytest
-from sync_world import in_thread, root, start, until  # noqa: F401
+from sync_world import in_thread, until
 
 from portway import Event, alert, errors
 

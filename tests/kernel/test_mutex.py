@@ -11,7 +11,7 @@ import threading
 import time
 
 import pytest
-from sync_world import files, in_thread, root, start, until  # noqa: F401
+from sync_world import files, in_thread, until
 
 from portway import Event, Mutex, alert, errors
 from portway._accel import sync as native

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from sync_world import Process, files, root, start, until  # noqa: F401
+from sync_world import Process, files, until
 
 import portway
 from portway import Event, Mutex, Semaphore, WaitableTimer, errors

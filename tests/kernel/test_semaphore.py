@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from sync_world import in_thread, root, start, until  # noqa: F401
+from sync_world import in_thread, until
 
 from portway import Event, Semaphore, errors
 

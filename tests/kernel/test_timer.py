@@ -7,7 +7,7 @@ import os
 import time
 
 import pytest
-from sync_world import in_thread, root, start, until  # noqa: F401
+from sync_world import in_thread, until
 
 from portway import WaitableTimer, errors
 
@@ -106,7 +106,7 @@ def test_absolute(root):
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
-@pytest.mark.skipif("PORTWAY_SET_CLOCK" not in os.environ, reason="sets the machine's clock: PORTWAY_SET_CLOCK=1 allows")
+@pytest.mark.skipif("PORTWAY_SET_CLOCK" not in os.environ, reason="sets the clock: PORTWAY_SET_CLOCK=1 allows")
 def test_absolute_follows_the_wall_clock(root):
     with WaitableTimer() as timer:
         timer.set(datetime.datetime.now() + datetime.timedelta(hours=1))

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
-from sync_world import in_thread, root, start, until  # noqa: F401
+from sync_world import in_thread, until
 
 from portway import Event, Mutex, Semaphore, WaitableTimer, alert, errors, signal_and_wait, wait_all, wait_any
 

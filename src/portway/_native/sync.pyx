@@ -39,11 +39,13 @@ cdef extern from "sync_multi.h":
         pw_body *bodies[64]
         pw_body *sorted[64]
         uint32_t bells[64]
+        uint32_t epochs[64]
         int count, distinct, all, index
         uint64_t owner, abandoned
     ctypedef struct pw_waiter:
         pass
     int PW_OK, PW_ABANDONED, PW_TIMEOUT, PW_ALERTED, PW_NOT_OWNER, PW_TOO_MANY, PW_CORRUPT, PW_STUCK
+    int PW_MUTEX, PW_TIMER
     int64_t PW_NEVER
     uint32_t PW_DIED, PW_TID
     int pw_load(int, int)
@@ -79,13 +81,26 @@ cdef extern from "sync_multi.h":
     int pw_futex_wait(uint32_t *, uint32_t, int64_t) nogil
     void pw_futex_wake_own(uint32_t *) nogil
     void pw_waiting(pw_body *, int)
+    int pw_slot_dead(pw_body *, uint32_t)
 
 cdef extern from *:
     """
     static int pw_failed(void) { return -1; } /* the exception is set, by PyErr_CheckSignals */
+    static int pw_arm(const char *name, long skip) {
+    #ifdef PORTWAY_CRASH_POINTS
+        free((char *)pw_crash_name);
+        pw_crash_name = strdup(name);
+        pw_crash_skip = skip;
+        return 1;
+    #else
+        (void)name, (void)skip;
+        return 0;
+    #endif
+    }
     static int pw_robust(void) { return pw_self()->head != NULL; }
     """
     int pw_failed() except -1
+    int pw_arm(const char *, long)
     int pw_robust()
 
 NEVER = PW_NEVER
@@ -463,13 +478,31 @@ cdef class Many:
         """The result, or None: not now. With `listen` the bells are read, for `sleep_on_bells`."""
         cdef int wrong = pw_many_try(&self.many, pw_self(), pw_clock(0) + 100000000, not self.begun, listen)
         self.begun = True
-        if wrong == PW_TIMEOUT:
-            if listen and not self.counted:
-                self.counted = True
-                for i in range(self.many.distinct):
-                    pw_waiting(self.many.sorted[i], 1)
-            return None
-        return self.result(wrong, 0)
+        return None if wrong == PW_TIMEOUT else self.result(wrong, 0)
+
+    def worth_looking(self):
+        """Whether time or a death may have signalled something: neither rings a bell."""
+        cdef pw_body *b
+        cdef uint32_t S
+        for i in range(self.many.distinct):
+            b = self.many.sorted[i]
+            S = b.page.S
+            if b.kind == PW_MUTEX and (not S & PW_TID or pw_slot_dead(b, S)):
+                return True
+            if b.kind == PW_TIMER and pw_timer(b).due <= pw_timer_clock(pw_timer(b)):
+                return True
+        return False
+
+    def enter(self):
+        """Counted among the waiters until `leave`; pulses from now on are seen."""
+        if not self.begun:
+            self.begun = True
+            for i in range(self.many.distinct):
+                self.many.epochs[i] = self.many.sorted[i].page.value >> 32
+        if not self.counted:
+            self.counted = True
+            for i in range(self.many.distinct):
+                pw_waiting(self.many.sorted[i], 1)
 
     def leave(self):
         """No longer counted among the waiters."""
@@ -511,9 +544,14 @@ def sleep_on_bells(list words, AlertWord control, int64_t until):
 
 
 def changed(list words):
-    """The addresses whose word is no longer what it was."""
+    """The (address, value) pairs whose word is no longer what it was."""
     cdef uint32_t value
-    return [address for address, value in words if (<uint32_t *><size_t>address)[0] != value]
+    found = []
+    for pair in words:
+        value = pair[1]
+        if (<uint32_t *><size_t>pair[0])[0] != value:
+            found.append(pair)
+    return found
 
 
 def new_owner():
@@ -528,6 +566,12 @@ def new_owner():
 
 def monotonic_ns():
     return pw_clock(0)
+
+
+def crash_at(bytes name, long skip=0):
+    """For tests, in the build with crash points: SIGKILL at that point, after `skip` passes."""
+    if not pw_arm(name, skip):
+        raise RuntimeError("this build has no crash points")
 
 
 def fallbacks():

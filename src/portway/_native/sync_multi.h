@@ -508,15 +508,6 @@ static int pw_load(int slices, int old_kernel) {
     action.sa_sigaction = pw_on_bus;
     action.sa_flags = SA_SIGINFO | SA_ONSTACK;
     sigaction(SIGBUS, &action, &pw_bus_before);
-#ifdef PORTWAY_CRASH_POINTS
-    pw_crash_name = getenv("PORTWAY_CRASH_POINT");
-    if (pw_crash_name && strchr(pw_crash_name, ':')) {
-        char *name = strdup(pw_crash_name), *colon = strchr(name, ':');
-        *colon = 0;
-        pw_crash_name = name;
-        pw_crash_skip = atol(colon + 1);
-    }
-#endif
     return 0;
 }
 #endif
