@@ -54,12 +54,13 @@ from __future__ import annotations
 
 __all__ = [
     "AccessDenied", "AddressInUse", "AlreadyExists", "BadPathName", "CommandNotFound", "ConfigurationError",
-    "FileInvalid", "GenerationFailed", "HandoffError", "HandoffRefused", "InformationExpired", "InformationUsed", "InvalidAddress",
-    "InvalidHandle", "InvalidInformation", "InvalidParameter", "KernelObjectError", "MappedAlignment", "MissingExtra", "NameInUse", "NameTooLong",
-    "NotEnoughMemory", "NotOwner", "NotRunning", "NotSupported", "ObjectClosed", "ObjectCorrupt", "ObjectNotFound",
-    "OperationAborted", "OperationTimeout", "PathNotFound", "PortwayError", "ProcessNotFound", "ProviderNotFound",
-    "SourceGone", "SuperviseError", "TooManyDescriptors", "TooManyHolders", "TooManyPosts", "UnsupportedSocket",
-    "ViewInUse", "WaitInterrupted", "WrongProcess", "for_code",
+    "FileInvalid", "GenerationFailed", "HandoffError", "HandoffRefused", "InformationExpired", "InformationUsed",
+    "InvalidAddress", "InvalidHandle", "InvalidInformation", "InvalidParameter", "KernelObjectError",
+    "MappedAlignment", "MissingExtra", "NameInUse", "NameTooLong", "NotEnoughMemory", "NotOwner", "NotRunning",
+    "NotSupported", "ObjectClosed", "ObjectCorrupt", "ObjectNotFound", "OperationAborted", "OperationTimeout",
+    "PathNotFound", "PortwayError", "ProcessNotFound", "ProviderNotFound", "SourceGone", "SuperviseError",
+    "TooManyDescriptors", "TooManyHolders", "TooManyPosts", "UnsupportedSocket", "ViewInUse", "WaitInterrupted",
+    "WrongProcess", "for_code",
 ]  # fmt: skip
 
 
