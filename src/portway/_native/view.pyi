@@ -1,6 +1,7 @@
-from typing_extensions import Buffer
 from types import TracebackType
 from typing import Self, overload
+
+from typing_extensions import Buffer
 
 class View:
     def __init__(
