@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import json
 import multiprocessing
 import os
 import random
@@ -11,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ pytest.importorskip("portway._native.view")
 from portway import FileMapping, View, errors
 
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
+NETPEER = os.environ.get("PORTWAY_NETPEER") or str(Path(__file__).parents[3] / "shared/peers/netpeer")
 ME = f"portway-{os.geteuid()}"
 
 
@@ -171,6 +174,12 @@ class TestViewRules:
             with FileMapping.open("n", handle, root=root) as opened, opened.view(access=view) as mapped:
                 assert (opened.access, mapped.access) == (handle, view)
                 assert mapped[255] == 255
+
+    @pytest.mark.parametrize("access", ["read", "copy"])
+    def test_what_was_made_for_less_is_not_opened_for_more(self, root: str, access: Any) -> None:
+        with FileMapping.create("n", 10, access=access, root=root):
+            with pytest.raises(errors.AccessDenied, match="made for"):
+                FileMapping.create("n", 10, root=root)
 
     def test_unknown_access(self, root: str) -> None:
         for bad in ("write", "", "READ", None):
@@ -370,6 +379,18 @@ class TestFiles:
             finally:
                 os.seteuid(0)
                 os.setegid(0)
+
+
+@pytest.mark.netpeer
+@pytest.mark.skipif(not os.access(NETPEER, os.X_OK), reason="netpeer is missing: set PORTWAY_NETPEER")
+def test_a_file_mapped_by_dotnet(root: str, tmp_path: Path) -> None:
+    file = tmp_path / "shared"
+    subprocess.run([NETPEER, "mem", "map-write", str(file), "100000"], check=True, capture_output=True)
+    with FileMapping.from_file(file, root=root) as mapping, mapping.view() as view:
+        assert view.read() == bytes((31 * i + (i >> 8)) % 256 for i in range(100_000))
+        view.write(b"from portway", 70_000)
+        said = subprocess.run([NETPEER, "mem", "map-read", str(file)], check=True, capture_output=True)
+        assert json.loads(said.stdout)["crc32"] == f"{zlib.crc32(view):08x}"
 
 
 class TestLifetimes:

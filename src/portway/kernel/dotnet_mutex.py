@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 import threading
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
@@ -238,7 +239,7 @@ class DotnetMutex:
                 self._shared.close()
 
     def __del__(self) -> None:
-        if not getattr(self, "_closed", True):
+        if not getattr(self, "_closed", True) and not sys.is_finalizing():
             self.close()
 
     def __repr__(self) -> str:

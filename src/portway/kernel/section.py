@@ -20,6 +20,7 @@ import errno
 import fcntl
 import os
 import struct
+import sys
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self
 
@@ -94,7 +95,8 @@ class FileMapping:
         r"""`size` bytes of zeros under `name` (None: unnamed); an existing mapping of that name is opened instead.
 
         Then `size` and `security` do not count (`size` is the existing one's, `already_exists` is True) and `access` is
-        asked for; ``exclusive=True`` makes it `AlreadyExists`. By default all memory is there when this returns, or
+        asked for; ``exclusive=True`` makes it `AlreadyExists`. A mapping made with less than ``read-write`` is
+        never opened for more. By default all memory is there when this returns, or
         it raises `NotEnoughMemory` and leaves nothing: containers have 64 MB of ``/dev/shm`` unless started with
         ``--shm-size``. ``reserve=True`` is sparse: a view's own methods allocate what they write, or raise; a write
         through an exported buffer that finds no space is SIGBUS.
@@ -105,7 +107,7 @@ class FileMapping:
         _check_access(access)
         _check_size(size, 1)
         chosen = security or Security.owner()
-        extra = _EXTRA.pack(ACCESS.index("read-write"), 0, 0, 0)
+        extra = _EXTRA.pack(ACCESS.index(access), 0, 0, 0)
 
         def prepare(fd: int) -> None:
             os.ftruncate(fd, BODY + _round_up(size))
@@ -303,7 +305,8 @@ class FileMapping:
         self.close()
 
     def __del__(self) -> None:
-        self.close()
+        if not sys.is_finalizing():  # then the kernel closes, and the namespace has left in order
+            self.close()
 
     def __reduce__(self) -> tuple[Any, ...]:
         """As an argument of a multiprocessing process; other pickles open it again while somebody has it open."""
