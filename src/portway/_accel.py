@@ -34,8 +34,8 @@ except ImportError:
 def __getattr__(wanted: str) -> ModuleType:
     if wanted not in ("dotnet", "sync", "view"):
         raise AttributeError(f"module 'portway._accel' has no attribute {wanted!r}")
-    # the crash-point build is for tests: it ends its process where PORTWAY_CRASH_POINT says
-    crashing = wanted == "sync" and os.environ.get("PORTWAY_CRASH_POINT") is not None
+    # the build with crash points is for tests: PORTWAY_CRASH_POINTS=1 builds it and chooses it
+    crashing = wanted == "sync" and os.environ.get("PORTWAY_CRASH_POINTS")
     module = "sync_crash" if crashing else wanted
     try:
         loaded = import_module(f"portway._native.{module}")

@@ -218,6 +218,21 @@ cdef class Handle:
             raise errors.ObjectClosed(f"this {type(self).__name__} is closed")
         return self.b
 
+    cdef pw_body *look(self) except NULL:
+        """For a read: what a killed process was about to do to the page is finished or undone first."""
+        cdef pw_body *b = self.open()
+        cdef int wrong
+        if b.page.L:
+            b.pins += 1
+            wrong = pw_L_lock(b, pw_self(), pw_clock(0) + 100000000)
+            if wrong == PW_OK:
+                pw_L_unlock(b)
+            pw_unpin(b)
+            if wrong == -1:
+                pw_failed()
+            self.open()
+        return b
+
     cdef fail(self, int wrong, timeout, str doing):
         if wrong == -1:
             pw_failed()
@@ -326,7 +341,7 @@ cdef class Mutex(Handle):
     @property
     def state(self):
         """``free``, ``held`` or ``abandoned``, as it was a moment ago."""
-        cdef uint32_t S = self.open().page.S
+        cdef uint32_t S = self.look().page.S
         return "held" if S & PW_TID else "abandoned" if S & PW_DIED else "free"
 
 
@@ -352,7 +367,7 @@ cdef class Semaphore(Waitable):
     @property
     def value(self):
         """The count, as it was a moment ago."""
-        return self.open().page.value
+        return self.look().page.value
 
     @property
     def maximum(self):
@@ -388,7 +403,7 @@ cdef class Event(Waitable):
 
     def is_set(self):
         """As it was a moment ago."""
-        return bool(self.open().page.value & 1)
+        return bool(self.look().page.value & 1)
 
     @property
     def manual_reset(self):
@@ -407,7 +422,7 @@ cdef class Timer(Waitable):
 
     def is_set(self):
         """Signalled, as it was a moment ago."""
-        cdef pw_cfg *cfg = pw_timer(self.open())
+        cdef pw_cfg *cfg = pw_timer(self.look())
         return cfg.due <= pw_timer_clock(cfg)
 
     @property
@@ -417,7 +432,7 @@ cdef class Timer(Waitable):
     @property
     def due(self):
         """Seconds until it is signalled next; 0 when it is, None when it is not set."""
-        cdef pw_cfg *cfg = pw_timer(self.open())
+        cdef pw_cfg *cfg = pw_timer(self.look())
         cdef int64_t due = cfg.due
         if due == PW_NEVER:
             return None
@@ -425,7 +440,7 @@ cdef class Timer(Waitable):
 
     @property
     def period(self):
-        return pw_timer(self.open()).period / 1e9
+        return pw_timer(self.look()).period / 1e9
 
 
 cdef class Many:
@@ -604,7 +619,7 @@ def _load():
     except (ValueError, IndexError):
         old = False
     if pw_load(wanted == "slices", old) != 0:
-        raise ImportError("no thread key left in this process")
+        raise ImportError("no thread key or no memory left in this process")
 
 
 _load()

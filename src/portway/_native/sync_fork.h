@@ -121,12 +121,13 @@ static void pw_after_fork_child(void) {
     if (pw_child_hook) pw_child_hook();
 }
 
+/* Once, when the module is loaded: a child of a process without objects, too, has thread ids of its own. */
+static int pw_fork_arm(void) { return pthread_atfork(pw_before_fork, pw_after_fork_parent, pw_after_fork_child); }
+
 static int pw_hold_add(int fd, int slot, int writable) {
-    static int armed;
     int good = 0;
     pthread_mutex_lock(&pw_hold_lock);
-    if (!armed) armed = pthread_atfork(pw_before_fork, pw_after_fork_parent, pw_after_fork_child) == 0;
-    if (armed && pw_hold_count == pw_hold_room) {
+    if (pw_hold_count == pw_hold_room) {
         size_t room = pw_hold_room ? 2 * pw_hold_room : 16;
         pw_hold *more = realloc(pw_holds, room * sizeof *more);
         if (more) {
@@ -134,7 +135,7 @@ static int pw_hold_add(int fd, int slot, int writable) {
             pw_hold_room = room;
         }
     }
-    if (armed && pw_hold_count < pw_hold_room) {
+    if (pw_hold_count < pw_hold_room) {
         pw_holds[pw_hold_count++] = (pw_hold){fd, slot, writable, -1, -1};
         good = 1;
     }

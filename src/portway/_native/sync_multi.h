@@ -500,7 +500,7 @@ static int pw_load(int slices, int old_kernel) {
     pw_old_kernel = old_kernel;
     pw_home = pw_pid_namespace();
     pw_txn = ((uint64_t)getpid() << 40 ^ (uint64_t)pw_clock(1)) | 1;
-    if (pthread_key_create(&pw_end_of_thread, pw_thread_ended) != 0) return -1;
+    if (pthread_key_create(&pw_end_of_thread, pw_thread_ended) != 0 || pw_fork_arm() != 0) return -1;
     pw_waiter_set(&one, &word, 0, 1);
     pw_waitv = pw_futex_waitv(&one, 1, 0) == EAGAIN;
     pw_child_hook = pw_in_child;
