@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import mmap
 import os
 import random
 import signal
@@ -316,6 +317,62 @@ def test_a_waiter_killed_when_woken_hands_the_wake_on(name: str) -> None:
                     second.do("t.join()")
     finally:
         os.sched_setaffinity(0, before)
+
+
+@pytest.mark.slow
+def test_kills_at_random_points(mutex: DotnetMutex) -> None:
+    """Children lock and write two numbers; one is killed at any instant: nobody is wedged, torn only when told."""
+    shared, dice, told = mmap.mmap(-1, 4096), random.Random(7), 0
+
+    def work() -> None:
+        while True:
+            with mutex:
+                first = int.from_bytes(shared[:8], "little") + 1
+                shared[:8] = first.to_bytes(8, "little")
+                shared[8:16] = first.to_bytes(8, "little")
+
+    def start() -> int:
+        pid = os.fork()
+        if pid == 0:
+            with contextlib.suppress(BaseException):
+                work()
+            os._exit(1)
+        return pid
+
+    def repaired() -> int:
+        with mutex:
+            whole = shared[:8] == shared[8:16]
+            assert whole or mutex.abandoned
+            shared[8:16] = shared[:8]
+            return int(mutex.abandoned)
+
+    for _ in range(300):
+        child = start()
+        before = shared[:8]
+        until(lambda before=before: shared[:8] != before)
+        end = time.perf_counter() + dice.random() * 0.002
+        while time.perf_counter() < end:
+            pass
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        told += repaired()
+        assert repaired() == 0  # once
+    assert 0 < told < 300
+    shared.close()
+
+
+def test_setuid_reaches_the_keeper(name: str) -> None:
+    """glibc changes the uid of every thread by a signal, of the sleeping one too."""
+    if os.geteuid() != 0:
+        pytest.skip("needs root to become another user")
+    with Talker() as peer:
+        peer.do(MUTEX.format(name, {}))
+        peer.get("m.acquire()")
+        peer.do("os.setgid(65534); os.setuid(65534)", timeout=10)
+        tasks = Path(f"/proc/{peer.pid}/task").iterdir()
+        uids = [next(line for line in (one / "status").read_text().splitlines() if line[:3] == "Uid") for one in tasks]
+        assert len(uids) == 2 and all("65534\t65534" in one for one in uids)
+        peer.get("m.release()")
 
 
 def futex_waits(pid: int, tid: int) -> bool:

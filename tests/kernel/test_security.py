@@ -61,6 +61,7 @@ def test_bad_arguments() -> None:
     for call in (
         lambda: Security.uids("no-such-user-here"), lambda: Security.group("no-such-group-here"), Security.uids,
         lambda: Security.uids(-1), lambda: Security.uids(2**32 - 1), lambda: Security.group(-1),
+        lambda: Security(others=2), lambda: Security(users={5: 7}),
         lambda: Security.uids(*range(200)) | Security.uids(*range(200, 400)),
     ):  # fmt: skip
         with pytest.raises(ValueError):

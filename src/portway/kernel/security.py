@@ -44,6 +44,11 @@ class Security:
     users: Mapping[int, int] = field(default_factory=lambda: _NOBODY)
     groups: Mapping[int, int] = field(default_factory=lambda: _NOBODY)
 
+    def __post_init__(self) -> None:
+        for right in (self.others, *self.users.values(), *self.groups.values()):
+            if right not in (0, READ, WRITE):
+                raise ValueError(f"Security: {right!r} is no right; use owner(), everyone(), group() and uids()")
+
     @classmethod
     def owner(cls) -> Self:
         """Only the creator's user: the default everywhere."""
