@@ -17,7 +17,6 @@ import errno
 import fcntl
 import os
 import stat
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -104,7 +103,8 @@ def _folder(parent: int, name: str, path: str, private: bool, *, create: bool) -
                 os.close(fd)
                 raise
             return fd
-        fresh = tempfile.mkdtemp(prefix=".dotnet.", dir=_BASE)
+        fresh = f"{_BASE}/.dotnet.{os.urandom(6).hex()}"
+        os.mkdir(fresh, 0o700)
         os.chmod(fresh, mode)
         try:
             os.rename(fresh, name, dst_dir_fd=parent)

@@ -36,12 +36,12 @@ from . import namespace as names
 from .namespace import Kind, Namespace
 from .objectfile import BODY, FIRST, FREE_PAGES, MAX_HOLDERS, ObjectFile
 from .section_file import PATH_MAX, AnyFile, Backing, backing_of, extend, open_backing, own_descriptor, size_of
-from .security import Security
 from .sync_base import _arrived, _transit
 
 if TYPE_CHECKING:
     from .._native.view import View
     from .namespace import Entry
+    from .security import Security
 else:
     from .._accel import view as _native
 
@@ -106,7 +106,6 @@ class FileMapping:
         """
         _check_access(access)
         _check_size(size, 1)
-        chosen = security or Security.owner()
         extra = _EXTRA.pack(ACCESS.index(access), 0, 0, 0)
 
         def prepare(fd: int) -> None:
@@ -114,7 +113,8 @@ class FileMapping:
             if not reserve:
                 os.posix_fallocate(fd, BODY, _round_up(size))
             os.pwrite(fd, extra, _EXTRA_AT)
-            chosen.apply(fd)
+            if security is not None:
+                security.apply(fd)
 
         return cls._create(name, access, exclusive, size, _SPARSE if reserve else 0, prepare, root)
 
@@ -190,13 +190,13 @@ class FileMapping:
             backing = backing_of(fd)
             path = os.fsencode(backing.path)
             extra = _EXTRA.pack(ACCESS.index(access), len(path), backing.device, backing.inode)
-            chosen = security or Security.owner()
-
+    
             def prepare(page: int) -> None:
                 extend(fd, size, reserve)
                 os.pwrite(page, path, FREE_PAGES)
                 os.pwrite(page, extra, _EXTRA_AT)
-                chosen.apply(page)
+                if security is not None:
+                    security.apply(page)
 
             found, existed = Namespace(root).create(
                 Kind.MAPPING, name or None, exclusive=exclusive, size=size, flags=_FILE, prepare=prepare
