@@ -394,6 +394,28 @@ def test_ctrl_c_ends_the_wait(mutex: DotnetMutex, name: str) -> None:
         assert waiter.get("[m.acquire(5), m.abandoned]") == [True, False]
 
 
+def test_closing_ends_the_waits_of_other_threads(name: str) -> None:
+    with Talker() as owner:
+        owner.do(MUTEX.format(name, {}))
+        owner.get("m.acquire()")
+        mutex, ended = DotnetMutex(name), []
+
+        def wait() -> None:
+            try:
+                mutex.acquire(30)
+            except errors.PortwayError as error:
+                ended.append(type(error))
+
+        thread = threading.Thread(target=wait)
+        thread.start()
+        until(lambda: thread.native_id is not None and futex_waits(os.getpid(), thread.native_id))
+        mutex.close()
+        thread.join()
+        assert ended == [errors.ObjectClosed]
+        assert name[7:] not in Path("/proc/self/maps").read_text()
+        assert owner.get("m.depth") == 1
+
+
 @pytest.mark.parametrize(
     "bad", ["", "Global\\", "a/b", "a\\b", "Session\\x", "Local\\a\\b", ".", "Global\\..", "x\0y", "n" * 256, "é" * 128]
 )

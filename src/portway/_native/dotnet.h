@@ -329,6 +329,9 @@ static int dn_sleep(dn_mutex *mutex, uint32_t seen, int64_t ns) {
     return errno == EAGAIN ? 0 : errno;
 }
 
+/* Waiters of other processes wake too, look and sleep again. */
+static void dn_wake_all(dn_mutex *mutex) { dn_wake(&mutex->page->lock, 0x7fffffff); }
+
 /* While it waits, this thread's own head names the word: woken and killed, the kernel wakes the next (as glibc does). */
 static void dn_watch(dn_mutex *mutex) {
     static __thread dn_head *head;

@@ -32,6 +32,7 @@ cdef extern from "dotnet.h" nogil:
     int dn_try(dn_mutex *, uint64_t, int, uint32_t *, dn_guard)
     int dn_release(dn_mutex *, uint64_t, dn_guard)
     uint64_t dn_me(dn_guard)
+    void dn_wake_all(dn_mutex *)
     int dn_sleep(dn_mutex *, uint32_t, int64_t)
     void dn_watch(dn_mutex *)
     dn_mutex *dn_map(int)
@@ -45,7 +46,9 @@ TAKEN, ABANDONED, HELD, CORRUPT, NOT_OWNER, TOO_MANY = (
 SUPPORTED = bool(DN_SUPPORTED)
 """False: not glibc on a 64-bit little-endian machine, whose mutexes have another layout."""
 
-cdef int64_t SLICE = 40_000_000  # the main thread looks for signals that came just before it fell asleep
+# A wait looks again after that: the main thread for a signal, others for close(), that came just before it fell asleep.
+cdef int64_t MAIN_SLICE = 40_000_000
+cdef int64_t SLICE = 10_000_000_000
 
 if dn_start() != 0:
     raise MemoryError("pthread_atfork")
@@ -102,6 +105,7 @@ cdef class Page:
 
     cdef int wait(self, dn_mutex *mutex, uint64_t me, int64_t timeout, bint main) except -1:
         cdef int64_t until = 0 if timeout < 0 else <int64_t>time.monotonic_ns() + timeout, left
+        cdef int64_t slice = MAIN_SLICE if main else SLICE
         cdef uint32_t seen = 0
         cdef int error, result = DN_HELD
         cdef dn_step step
@@ -113,8 +117,8 @@ cdef class Page:
                 left = -1 if timeout < 0 else until - <int64_t>time.monotonic_ns()
                 if result != DN_HELD or (timeout >= 0 and left <= 0):
                     break
-                if main and (left < 0 or left > SLICE):
-                    left = SLICE
+                if left < 0 or left > slice:
+                    left = slice
                 with nogil:
                     error = dn_sleep(mutex, seen, left)
                 if error == EFAULT:
@@ -143,7 +147,10 @@ cdef class Page:
             self.mutex = NULL
 
     def close(self) -> None:
+        """Ends the waits of other threads too."""
         self.closing = True
+        if self.waiting:
+            dn_wake_all(self.mutex)
         self.finish()
 
     def __dealloc__(self):

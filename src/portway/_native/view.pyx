@@ -169,6 +169,7 @@ cdef class View:
         cdef object out
         self.span(offset, length, &size)
         out = PyBytes_FromStringAndSize(NULL, size)
+        self.alive()  # again: what allocates may run somebody's finalizer
         try:
             self.copy(PyBytes_AS_STRING(out), self.base + offset, size)
         except ObjectCorrupt:

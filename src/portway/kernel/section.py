@@ -190,7 +190,7 @@ class FileMapping:
             backing = backing_of(fd)
             path = os.fsencode(backing.path)
             extra = _EXTRA.pack(ACCESS.index(access), len(path), backing.device, backing.inode)
-    
+
             def prepare(page: int) -> None:
                 extend(fd, size, reserve)
                 os.pwrite(page, path, FREE_PAGES)
