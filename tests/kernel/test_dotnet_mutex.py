@@ -441,10 +441,8 @@ def test_missing_and_closed(name: str) -> None:
 
 def _planted(name: str, content: bytes, held: bool = True) -> int:
     """A file at the mutex's place, made and held as a process of another .NET would."""
-    DotnetMutex(name).close()  # makes the folders
-    os.makedirs("/tmp/.dotnet/shm/global", exist_ok=True)
-    os.chmod("/tmp/.dotnet/shm/global", 0o777)
-    fd = os.open(f"/tmp/.dotnet/shm/global/{name[7:]}", os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    with contextlib.closing(DotnetMutex(name + "-folder")):  # makes the folders, and keeps them from being removed
+        fd = os.open(f"/tmp/.dotnet/shm/global/{name[7:]}", os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
     os.write(fd, content)
     if held:
         fcntl.flock(fd, fcntl.LOCK_SH)
@@ -492,9 +490,12 @@ def test_what_a_dead_one_left_is_made_anew(name: str) -> None:
 
 
 def test_strangers_links_are_refused(name: str, tmp_path: Path) -> None:
-    DotnetMutex(name).close()
+    with contextlib.closing(DotnetMutex(name + "-folder")):
+        _strangers_links(name, tmp_path)
+
+
+def _strangers_links(name: str, tmp_path: Path) -> None:
     place = Path("/tmp/.dotnet/shm/global")
-    place.mkdir(exist_ok=True)
     mine = tmp_path / "mine"
     mine.write_bytes(b"precious")
     for make in (lambda: os.symlink(mine, place / name[7:]), lambda: (place / name[7:]).mkdir(),
