@@ -23,7 +23,8 @@ from portway.kernel.namespace import Namespace
 
 PROJECT = Path(__file__).parents[2]
 NATIVE = PROJECT / "src/portway/_native"
-POINTS = sorted(set(re.findall(r'PW_CRASH\("([\w.]+)"\)', "".join(path.read_text() for path in NATIVE.glob("sync*.h")))))
+SOURCE = "".join(path.read_text() for path in NATIVE.glob("sync*.h"))
+POINTS = sorted(set(re.findall(r'PW_CRASH\("([\w.]+)"\)', SOURCE)))
 reached: set[str] = set()
 
 
@@ -141,7 +142,7 @@ def test_mutex_waiter_dies_at_each_point(server):
         mutex.acquire(5)
         server.order("mutex_contended", point)
         ended = []
-        until(lambda: mutex.waiters or ended or dead(server, ended, point), point)
+        until(lambda: mutex.waiters or dead(server, ended, point), point)  # noqa: B023
         mutex.release()
         if not ended:
             server.answer(point)
@@ -254,9 +255,10 @@ def test_waiters_that_die_asleep_or_just_woken(server, closing, scenario):
     for point in POINTS:
         server.order(scenario, point)
         ended: list[bool] = []
-        until(lambda: event.waiters == 1 or dead(server, ended, point), point)
+        until(lambda: event.waiters == 1 or dead(server, ended, point), point)  # noqa: B023
         closing += (children := waiting(["auto"], point))
-        until(lambda: event.waiters == 2 or (event.waiters and (ended or dead(server, ended, point))), "both wait")
+        both = lambda: event.waiters == 2 or (event.waiters and (ended or dead(server, ended, point)))  # noqa: B023, E731
+        until(both, "both wait")
         for _ in range(2):  # the dead one may have taken one
             event.set()
             until(lambda: not event.is_set() or not event.waiters, f"{point}: one of them took it")
@@ -271,7 +273,8 @@ def check_all(server: Server, at: str, objects) -> None:
     s, s2, m, auto = objects
     m.acquire(5)
     taken = s.value == 0
-    assert (s.value, s2.value, auto.is_set(), m.abandoned) == ((0, 0, False, True) if taken else (1, 1, True, False)), at
+    expected = (0, 0, False, True) if taken else (1, 1, True, False)
+    assert (s.value, s2.value, auto.is_set(), m.abandoned) == expected, at
     m.release()
     if taken:
         s.release()
@@ -285,7 +288,6 @@ def all_objects():
 
 def settle(objects):
     """What a look from outside does."""
-    s, s2, m, auto = objects
     never = Event("never")
     for one in objects:
         with pytest.raises(errors.OperationTimeout):
@@ -321,7 +323,8 @@ def test_wait_all_looked_at_by_participants_alone(server):
                     else:
                         one.reset() if not one.is_set() else one.set()
                 s, s2, _, auto = objects
-                assert (s.value, s2.value, auto.is_set(), told) in ((0, 0, False, True), (1, 1, True, False)), (at, skip)
+                state = (s.value, s2.value, auto.is_set(), told)
+                assert state in ((0, 0, False, True), (1, 1, True, False)), (at, skip)
                 if told:
                     s.release()
                     s2.release()
@@ -383,7 +386,7 @@ def repair(s, s2, auto):
 
 
 def test_unlinking_finishes_what_the_last_holder_had_decided(server):
-    """The coordinator's last holder dies with a decided wait-all; the participants are finished before its file goes."""
+    """The coordinator's last holder dies with a decided wait-all: participants are finished before its file goes."""
     for point, value in (("all.decided", 0), ("all.noted", 1)):
         one = Semaphore(1, 9, "s2")
 
@@ -420,7 +423,9 @@ def test_every_point_was_reached():
     """Runs last: a point that no scenario passes proves nothing."""
     if not reached:
         pytest.skip("the tests before were not run")
-    rare = {"bell.rung", "bell.woken", "all.undone"} - reached
+    rare = {"all.undone"}  # a race that no scenario can force
+    if os.environ.get("PORTWAY_SYNC") == "slices":
+        rare.add("mutex.linked")
     assert set(POINTS) - reached <= rare
 
 
@@ -449,7 +454,8 @@ def test_set_and_kill_the_first_waiter_in_one_breath(root, name):
         tell("through")
 
     other = Event("other")
-    one = Semaphore(0, 9, "s") if name == "s" else Mutex("m") if name == "m" else Event(name, manual_reset=name == "manual")
+    event = Event(name, manual_reset=name == "manual")
+    one = Semaphore(0, 9, "s") if name == "s" else Mutex("m") if name == "m" else event
     affinity, lost, trials = os.sched_getaffinity(0), 0, 500
     one_core()
     try:
@@ -468,8 +474,8 @@ def test_set_and_kill_the_first_waiter_in_one_breath(root, name):
                 if name in ("m", "manual"):
                     assert children[1].hear() == "through"
                 else:
-                    until(lambda: shared[1] or shared[0] or not (one.value if name == "s" else one.is_set()), "taken")
-                    if not shared[1] and one.waiters:  # the dead one took it first, or it was lost
+                    until(lambda: not (one.value if name == "s" else one.is_set()), "taken")
+                    if not select.select([children[1].reads], [], [], 0.3)[0]:  # taken by the dead one, or lost
                         lost += not shared[0]
                         one.release() if name == "s" else one.set()
                     assert children[1].hear() == "through"

@@ -1,4 +1,4 @@
-# cython: boundscheck=False, wraparound=False
+# cython: boundscheck=False, wraparound=False, binding=False
 """Words the kernel watches: mutexes, semaphores, events and timers in pages shared by unrelated processes.
 
 Native only. A thin layer over `sync_page.h`, `sync_core.h` and `sync_multi.h`, where the protocol is explained;
@@ -213,14 +213,14 @@ cdef class Handle:
         file, self.file, self._body, self.b = self.file, None, None, NULL
         return file
 
-    cdef pw_body *open(self) except NULL:
+    cdef pw_body *live(self) except NULL:
         if self.b == NULL:
             raise errors.ObjectClosed(f"this {type(self).__name__} is closed")
         return self.b
 
     cdef pw_body *look(self) except NULL:
         """For a read: what a killed process was about to do to the page is finished or undone first."""
-        cdef pw_body *b = self.open()
+        cdef pw_body *b = self.live()
         cdef int wrong
         if b.page.L:
             b.pins += 1
@@ -230,7 +230,7 @@ cdef class Handle:
             pw_unpin(b)
             if wrong == -1:
                 pw_failed()
-            self.open()
+            self.live()
         return b
 
     cdef fail(self, int wrong, timeout, str doing):
@@ -257,7 +257,7 @@ cdef class Handle:
     @property
     def waiters(self):
         """Waits for this object now, in all processes."""
-        return pw_waiters(self.open())
+        return pw_waiters(self.live())
 
 
 cdef class Waitable(Handle):
@@ -265,7 +265,7 @@ cdef class Waitable(Handle):
 
     def wait(self, timeout=None, *, bint alertable=False):
         """Waits until it is signalled, and takes what a wait takes. `OperationTimeout`, `WaitInterrupted`."""
-        cdef pw_body *b = self.open()
+        cdef pw_body *b = self.live()
         cdef int64_t at = deadline(timeout)
         cdef AlertWord alert = alert_word() if alertable else None
         b.pins += 1
@@ -276,9 +276,90 @@ cdef class Waitable(Handle):
         return True
 
 
+cdef extern from *:
+    """
+    static int pw_set_kind(PyObject *type, PyObject *kind) {
+        int wrong = PyDict_SetItemString(((PyTypeObject *)type)->tp_dict, "kind", kind);
+        PyType_Modified((PyTypeObject *)type);
+        return wrong;
+    }
+    """
+    int pw_set_kind(object, object) except -1
+
+
+def set_kind(kind):
+    """`Mutex.kind`, which this module cannot import."""
+    pw_set_kind(Mutex, kind)
+
+
+_base = None
+
+
+cdef base():
+    """`KernelObject`, whose methods Mutex borrows: it is no Python subclass, as calling such a one's methods is slower
+    than what they do."""
+    global _base
+    if _base is None:
+        from portway.kernel.sync_base import KernelObject as _base
+    return _base
+
+
 cdef class Mutex(Handle):
+    r"""A mutual exclusion between threads of any processes, owned by a thread, recursive.
+
+    ::
+
+        with portway.Mutex("ledger") as mutex:      # waits without limit
+            if mutex.abandoned:                     # the last owner died with it: look whether its work is whole
+                repair()
+
+    ``Mutex(name)`` creates it or opens the existing one; without a name it is known by its handle only. `acquire`
+    waits, `release` gives back once for every acquire; ``with`` does both. It is the thread that owns, in asyncio the
+    task: see `portway.aio.Mutex`. ``initially_owned=True`` makes this thread the owner of a mutex it creates, not of an
+    existing one.
+
+    **Abandoned.** Acquiring after an owner's death succeeds, as on Windows (WAIT_ABANDONED), and sets `abandoned`
+    until the next acquire; exactly one owner is told.
+    """
+
     cdef public bint abandoned
     """The last acquire through this handle took it from an owner that had died."""
+    cdef object __weakref__
+
+    def __init__(self, name=None, *, initially_owned=False, exclusive=False, security=None, root=None):
+        from portway.kernel.mutex import create
+
+        create(self, name, initially_owned, exclusive, security, root)
+
+    @classmethod
+    def open(cls, name, *, root=None):
+        """The existing mutex; `ObjectNotFound`, `InvalidHandle` if another kind has the name, `AccessDenied`."""
+        return base().open.__func__(cls, name, root=root)
+
+    def _create(self, name, **options):
+        base()._create(self, name, **options)
+
+    def _join(self, file):
+        base()._join(self, file)
+
+    def close(self):
+        """Closes this handle; the mutex goes with the last one. If this thread owns it and this is its process's last
+        handle, it is abandoned. Twice is fine."""
+        base().close(self)
+
+    def __del__(self):
+        base().__del__(self)
+
+    @property
+    def name(self):
+        """As other processes open it; None when it has none."""
+        return base().name.fget(self)
+
+    def __repr__(self):
+        return base().__repr__(self)
+
+    def __reduce__(self):
+        return base().__reduce__(self)
 
     def acquire(self, timeout=None, *, bint alertable=False):
         cdef pw_body *b = self.b
@@ -292,7 +373,7 @@ cdef class Mutex(Handle):
         return self.acquire_slowly(timeout, alertable)
 
     cdef acquire_slowly(self, timeout, bint alertable):
-        cdef pw_body *b = self.open()
+        cdef pw_body *b = self.live()
         cdef int64_t at = deadline(timeout)
         cdef AlertWord alert = alert_word() if alertable else None
         b.pins += 1
@@ -307,7 +388,7 @@ cdef class Mutex(Handle):
     def release(self):
         cdef int wrong
         if self.b == NULL:
-            self.open()
+            self.live()
         wrong = pw_mutex_release(self.b, 0)
         if wrong != PW_OK:
             self.fail(wrong, None, "releasing")
@@ -320,23 +401,23 @@ cdef class Mutex(Handle):
         self.release()
 
     def _release_for(self, uint64_t owner):
-        cdef int wrong = pw_mutex_release(self.open(), owner)
+        cdef int wrong = pw_mutex_release(self.live(), owner)
         if wrong != PW_OK:
             self.fail(wrong, None, "releasing")
 
     def _abandon(self, uint64_t owner):
         """Gives it up as if its owner had died; only by the thread that took it."""
-        cdef pw_body *b = self.open()
+        cdef pw_body *b = self.live()
         return b.owner == owner and pw_mutex_abandon(b) == PW_OK
 
     def _count_for(self, uint64_t owner):
-        cdef pw_body *b = self.open()
+        cdef pw_body *b = self.live()
         return b.count if b.owner == (owner or pw_self().serial) else 0
 
     @property
     def owned(self):
         """This thread owns it."""
-        return self.open().owner == pw_self().serial
+        return self.live().owner == pw_self().serial
 
     @property
     def state(self):
@@ -349,7 +430,7 @@ cdef class Semaphore(Waitable):
     def release(self, count=1):
         cdef uint64_t previous = 0
         cdef uint64_t n
-        cdef pw_body *b = self.open()
+        cdef pw_body *b = self.live()
         if count != int(count) or count <= 0:
             raise ValueError(f"count={count!r}: give a number above 0")
         n = min(count, 2**63 - 1)
@@ -371,13 +452,13 @@ cdef class Semaphore(Waitable):
 
     @property
     def maximum(self):
-        return self.open().page.maximum
+        return self.live().page.maximum
 
 
 cdef class Event(Waitable):
     def set(self):
         cdef int previous = 0
-        cdef pw_body *b = self.open()
+        cdef pw_body *b = self.live()
         b.pins += 1
         cdef int wrong = pw_event_set(b, &previous)
         pw_unpin(b)
@@ -386,7 +467,7 @@ cdef class Event(Waitable):
 
     def reset(self):
         cdef int previous = 0
-        cdef pw_body *b = self.open()
+        cdef pw_body *b = self.live()
         b.pins += 1
         cdef int wrong = pw_event_reset(b, &previous)
         pw_unpin(b)
@@ -394,7 +475,7 @@ cdef class Event(Waitable):
             self.fail(wrong, None, "resetting")
 
     def pulse(self):
-        cdef pw_body *b = self.open()
+        cdef pw_body *b = self.live()
         b.pins += 1
         cdef int wrong = pw_event_pulse(b)
         pw_unpin(b)
@@ -407,13 +488,13 @@ cdef class Event(Waitable):
 
     @property
     def manual_reset(self):
-        return bool(self.open().manual)
+        return bool(self.live().manual)
 
 
 cdef class Timer(Waitable):
     def _set(self, int64_t due, int64_t period, bint realtime, bint cancel):
         cdef int was_set = 0
-        cdef pw_body *b = self.open()
+        cdef pw_body *b = self.live()
         b.pins += 1
         cdef int wrong = pw_timer_set(b, due, period, realtime, cancel, &was_set)
         pw_unpin(b)
@@ -427,7 +508,7 @@ cdef class Timer(Waitable):
 
     @property
     def manual_reset(self):
-        return bool(self.open().manual)
+        return bool(self.live().manual)
 
     @property
     def due(self):
@@ -456,7 +537,7 @@ cdef class Many:
         if not 1 <= len(self.handles) <= 64:
             raise ValueError(f"{len(self.handles)} objects: a wait takes 1 to 64")
         for one in self.handles:
-            one.open()
+            one.live()
         for i, one in enumerate(self.handles):
             self.many.bodies[i] = one.b
             one.b.pins += 1

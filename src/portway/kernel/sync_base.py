@@ -58,7 +58,7 @@ class KernelObject:
         """The existing object; `ObjectNotFound`, `InvalidHandle` if another kind has the name, `AccessDenied`."""
         self = cls.__new__(cls)
         self.already_exists = True
-        self._join(Namespace(root).open(cls.kind, name))
+        self._join(Namespace(root).open(self.kind, name))
         return self
 
     def _create(
