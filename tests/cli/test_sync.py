@@ -17,6 +17,8 @@ from verbs import Portway, end
 import portway as library
 from portway.kernel.dotnet_mutex import DotnetMutex
 
+SLEEP = ("sh", "-c", "echo asleep; exec sleep 60")
+
 
 @pytest.fixture
 def portway(root: str) -> Portway:
@@ -54,7 +56,7 @@ def test_ls(portway: Portway, objects: dict[str, Any], root: str) -> None:
 
 
 def test_ls_shows_waiters_and_abandoned(portway: Portway, objects: dict[str, Any]) -> None:
-    held = portway.start("sync", "wait", "m", "--json", "--", "sleep", "60")
+    held = portway.start("sync", "wait", "m", "--json", "--", *SLEEP, until="asleep")
     try:
         assert _mutex(portway)["state"] == "held"
         waiting = subprocess.Popen(portway.command("sync", "wait", "e"), env=portway.env, stdout=subprocess.DEVNULL)
@@ -66,7 +68,7 @@ def test_ls_shows_waiters_and_abandoned(portway: Portway, objects: dict[str, Any
             waiting.wait()
     finally:
         end(held, kill=True)
-        _kill_sleep(held.pid)
+        _kill_sleep()
     row = _mutex(portway)
     assert (row["state"], row["abandoned"]) == ("abandoned", True)
     assert portway.json("sync", "wait", "m") == {"index": 0, "kind": "mutex", "name": "m", "abandoned": True}
@@ -77,12 +79,13 @@ def _mutex(portway: Portway) -> Any:
     return next(row for row in portway.lines("sync", "ls") if row["name"] == "m")
 
 
-def _kill_sleep(parent: int) -> None:
+def _kill_sleep() -> None:
     """The command that a killed `portway sync wait` leaves: found by its environment, it is ours."""
     for one in Path("/proc").iterdir():
         if one.name.isdigit():
             try:
-                if (one / "comm").read_text() == "sleep\n" and b"portway-test-" in (one / "environ").read_bytes():
+                ours = f"PORTWAY_TEST_PARENT={os.getpid()}\0".encode() in (one / "environ").read_bytes()
+                if ours and (one / "comm").read_text() in ("sleep\n", "sh\n"):
                     os.kill(int(one.name), 9)
             except OSError:
                 continue
@@ -206,11 +209,11 @@ def test_dotnet(portway: Portway) -> None:
         mutex.release()
         said = portway.json("sync", "wait", "--dotnet", name)
         assert (said["kind"], said["abandoned"]) == ("dotnet-mutex", False)
-        held = portway.start("sync", "wait", "--dotnet", name, "--", "sleep", "60")
+        held = portway.start("sync", "wait", "--dotnet", name, "--", *SLEEP, until="asleep")
         with pytest.raises(library.PortwayError):
             mutex.acquire(0)
         end(held, kill=True)
-        _kill_sleep(held.pid)
+        _kill_sleep()
         assert mutex.acquire(10)
         assert mutex.abandoned
         mutex.release()

@@ -11,7 +11,7 @@ from typing import Any
 
 class Portway:
     def __init__(self, root: str) -> None:
-        self.env = {**os.environ, "PORTWAY_ROOT": root}
+        self.env = {**os.environ, "PORTWAY_ROOT": root, "PORTWAY_TEST_PARENT": str(os.getpid())}
 
     def command(self, *words: str) -> list[str]:
         return [sys.executable, "-m", "portway", *words]
@@ -30,12 +30,13 @@ class Portway:
         assert done.returncode == 0, done.stderr
         return [json.loads(line) for line in done.stdout.splitlines()]
 
-    def start(self, *words: str) -> subprocess.Popen[str]:
-        """Runs in the background; its first line has come when this returns."""
+    def start(self, *words: str, until: str = "") -> subprocess.Popen[str]:
+        """Runs in the background; its first line, or the one `until`, has come when this returns."""
         process = subprocess.Popen(self.command(*words), stdout=subprocess.PIPE, text=True, env=self.env,
                                    stderr=subprocess.DEVNULL)  # fmt: skip
         assert process.stdout is not None
-        process.first = process.stdout.readline()  # type: ignore[attr-defined]
+        while until not in (line := process.stdout.readline()):
+            assert line, "it ended"
         return process
 
 
