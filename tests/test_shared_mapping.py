@@ -1,4 +1,4 @@
-"""The example and the tour's chapter of shared memory: one of two processes is killed, the other is told and goes on."""
+"""The example and the tour's chapter of shared memory: one process is killed, the other is told and goes on."""
 
 from __future__ import annotations
 
