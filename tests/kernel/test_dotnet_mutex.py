@@ -394,6 +394,16 @@ def test_ctrl_c_ends_the_wait(mutex: DotnetMutex, name: str) -> None:
         assert waiter.get("[m.acquire(5), m.abandoned]") == [True, False]
 
 
+def test_a_normal_exit_leaves_nothing(name: str) -> None:
+    code = (
+        "import sys, threading, portway\nm = portway.DotnetMutex(sys.argv[1]); m.acquire(); print(m.path)\n"
+        "threading.Thread(target=m.acquire, daemon=True).start()"
+    )
+    said = subprocess.run([sys.executable, "-c", code, name], capture_output=True, text=True, check=True)
+    assert said.stderr == ""
+    assert not os.path.exists(said.stdout.strip())
+
+
 def test_closing_ends_the_waits_of_other_threads(name: str) -> None:
     with Talker() as owner:
         owner.do(MUTEX.format(name, {}))

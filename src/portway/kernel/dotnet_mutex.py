@@ -6,6 +6,7 @@ and .NET 10; layouts and locks are in `_native/dotnet.h` and `_dotnet_files`.
 
 from __future__ import annotations
 
+import atexit
 import math
 import os
 import sys
@@ -53,9 +54,9 @@ class _Shared:
                 os.close(self.fd)
                 raise
 
-    def close(self) -> None:
+    def close(self, patience: float = 5) -> None:
         self.page.close()
-        files.close_file(self.place, self.fd, Deadline(5))
+        files.close_file(self.place, self.fd, Deadline(patience))
 
 
 _shared = {}
@@ -76,6 +77,16 @@ def _open(place: files.Place, deadline: Deadline, *, create: bool) -> tuple[_Sha
             _shared[place.path] = shared
         shared.handles += 1
         return shared, fresh
+
+
+def _leave_all() -> None:
+    """At a normal exit whatever is still open goes in order; without this its file would wait for the next to open."""
+    with _lock:
+        while _shared:
+            _shared.popitem()[1].close(patience=1)
+
+
+atexit.register(_leave_all)
 
 
 # -- fork: the child gets a lock of its own on every file, so that neither's close is taken for the last ---------------
