@@ -54,9 +54,9 @@ class _Shared:
                 os.close(self.fd)
                 raise
 
-    def close(self, patience: float = 5) -> None:
+    def close(self) -> None:
         self.page.close()
-        files.close_file(self.place, self.fd, Deadline(patience))
+        files.close_file(self.place, self.fd, Deadline(5))
 
 
 _shared = {}
@@ -80,10 +80,14 @@ def _open(place: files.Place, deadline: Deadline, *, create: bool) -> tuple[_Sha
 
 
 def _leave_all() -> None:
-    """At a normal exit whatever is still open goes in order; without this its file would wait for the next to open."""
+    """At a normal exit: without this the file would wait for the next to open it.
+
+    The page stays mapped, since daemon threads may be waiting; what is owned the kernel tells to the next owner.
+    """
     with _lock:
         while _shared:
-            _shared.popitem()[1].close(patience=1)
+            one = _shared.popitem()[1]
+            files.close_file(one.place, one.fd, Deadline(1))
 
 
 atexit.register(_leave_all)
