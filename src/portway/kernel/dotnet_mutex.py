@@ -11,6 +11,7 @@ import math
 import os
 import sys
 import threading
+from contextlib import suppress
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
@@ -56,7 +57,12 @@ class _Shared:
 
     def close(self) -> None:
         self.page.close()
-        files.close_file(self.place, self.fd, Deadline(5))
+        self.leave(5)
+
+    def leave(self, patience: float) -> None:
+        fd, self.fd = self.fd, -1
+        if fd >= 0:
+            files.close_file(self.place, fd, Deadline(patience))
 
 
 _shared = {}
@@ -86,8 +92,7 @@ def _leave_all() -> None:
     """
     with _lock:
         while _shared:
-            one = _shared.popitem()[1]
-            files.close_file(one.place, one.fd, Deadline(1))
+            _shared.popitem()[1].leave(1)
 
 
 atexit.register(_leave_all)
@@ -99,11 +104,9 @@ atexit.register(_leave_all)
 def _before_fork() -> None:
     _lock.acquire()
     for shared in _shared.values():
-        try:
+        with suppress(OSError):  # no descriptor left: the child shares ours, and its close may remove the name early
             shared.twin = os.open(f"/proc/self/fd/{shared.fd}", os.O_RDWR | os.O_CLOEXEC)
             files.share(shared.twin)
-        except OSError:
-            shared.twin = -1  # no descriptor left: the child shares ours, and its close may remove the name early
 
 
 def _after_fork_in_parent() -> None:
