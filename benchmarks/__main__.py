@@ -20,6 +20,7 @@ NAMES = {
     "handoff": "duplicating sockets into another process",
     "reload": "requests lost while the service behind the socket is replaced",
     "startup": "import portway, portway --help",
+    "sync": "named mutexes and events, and what kill -9 leaves",
 }
 
 

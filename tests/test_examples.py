@@ -13,6 +13,7 @@ STANDALONE = {
     "ten_steps.py": "answer to second from pid",
     "acceptor_workers.py": "answered",
     "both_sides.py": "400 whole lines",
+    "shared_mapping.py": "the same",
 }
 ELSEWHERE = {
     "asgi_app.py": "tests/supervise",

@@ -13,7 +13,9 @@ def test_the_tour_loses_nothing_and_says_so() -> None:
         [sys.executable, "-m", "portway", "tour", "--json"], capture_output=True, text=True, timeout=100
     )
     events = [json.loads(line) for line in done.stdout.splitlines()]
-    assert [event["event"] for event in events][-4:] == ["connected", "moved", "killed", "summary"], done.stderr
+    assert [event["event"] for event in events][-7:] == [
+        "connected", "moved", "killed", "shared", "killed", "went on", "summary"
+    ], done.stderr  # fmt: skip
     summary = events[-1]
     assert done.returncode == 0 and summary["reload"]["ok"] and summary["move"]["ok"], summary
     # Counted by clients that are processes of their own and never retry:

@@ -10,34 +10,57 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .errors import PortwayError
+    from .kernel.alert import alert
+    from .kernel.dotnet_mutex import DotnetMutex
+    from .kernel.event import Event
     from .kernel.framing import FramedSocket
     from .kernel.handoff import duplicate_and_close, duplicate_socket, socket_from, wait_claimed
     from .kernel.inbox import HandoffInbox
+    from .kernel.mutex import Mutex
+    from .kernel.section import FileMapping, View
+    from .kernel.security import Security
+    from .kernel.semaphore import Semaphore
     from .kernel.session import HandoffSession
     from .kernel.shared import SharedSocket
+    from .kernel.timer import WaitableTimer
+    from .kernel.wait import Waited, signal_and_wait, wait_all, wait_any
     from .supervise.hook import generation
     from .wire.handoff import SocketInformation, SocketInformationOptions
 
 __all__ = [
-    "FramedSocket", "HandoffInbox", "HandoffSession", "PortwayError", "SharedSocket", "SocketInformation",
-    "SocketInformationOptions", "__version__", "duplicate_and_close", "duplicate_socket", "generation", "socket_from",
-    "wait_claimed",
+    "DotnetMutex", "Event", "FileMapping", "FramedSocket", "HandoffInbox", "HandoffSession", "Mutex", "PortwayError",
+    "Security", "Semaphore", "SharedSocket", "SocketInformation", "SocketInformationOptions", "View", "WaitableTimer",
+    "Waited", "__version__", "alert", "duplicate_and_close", "duplicate_socket", "generation", "signal_and_wait",
+    "socket_from", "wait_all", "wait_any", "wait_claimed",
 ]  # fmt: skip
 
 __version__ = "0.1.0"
 
 _HOME = {
+    "DotnetMutex": "kernel.dotnet_mutex",
+    "Event": "kernel.event",
+    "FileMapping": "kernel.section",
     "FramedSocket": "kernel.framing",
     "HandoffInbox": "kernel.inbox",
     "HandoffSession": "kernel.session",
+    "Mutex": "kernel.mutex",
     "PortwayError": "errors",
+    "Security": "kernel.security",
+    "Semaphore": "kernel.semaphore",
     "SharedSocket": "kernel.shared",
     "SocketInformation": "wire.handoff",
     "SocketInformationOptions": "wire.handoff",
+    "View": "kernel.section",
+    "WaitableTimer": "kernel.timer",
+    "Waited": "kernel.wait",
+    "alert": "kernel.alert",
     "duplicate_and_close": "kernel.handoff",
     "duplicate_socket": "kernel.handoff",
     "generation": "supervise.hook",
+    "signal_and_wait": "kernel.wait",
     "socket_from": "kernel.handoff",
+    "wait_all": "kernel.wait",
+    "wait_any": "kernel.wait",
     "wait_claimed": "kernel.handoff",
 }
 

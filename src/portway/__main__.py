@@ -17,6 +17,8 @@ VERBS = {
     "upgrade": "Replace a supervisor by another portway, in place.",
     "asgi": "Serve an ASGI application whose connections move when it is reloaded.",
     "handoff": "Move sockets between processes by hand.",
+    "map": "Shared memory by name: make, read, write, list.",
+    "sync": "Mutexes, semaphores, events, timers: list, make, wait, signal.",
     "tour": "Show what portway does, with real processes.",
     "doctor": "What works on this machine.",
 }

@@ -9,9 +9,13 @@ import os
 from importlib import import_module
 from types import ModuleType
 
-__all__ = ["handoff", "name"]
+__all__ = ["dotnet", "handoff", "name", "sync", "view"]
 
 handoff: ModuleType
+# Loaded when first used; futex words and guarded memory have no twin in Python, whatever PORTWAY_IMPL says.
+dotnet: ModuleType
+sync: ModuleType
+view: ModuleType
 name: str
 
 _wanted = os.environ.get("PORTWAY_IMPL", "")
@@ -25,3 +29,22 @@ except ImportError:
     if _wanted == "c":
         raise
     handoff, name = import_module("portway._handoff_python"), "python"
+
+
+def __getattr__(wanted: str) -> ModuleType:
+    if wanted not in ("dotnet", "sync", "view"):
+        raise AttributeError(f"module 'portway._accel' has no attribute {wanted!r}")
+    # the build with crash points is for tests: PORTWAY_CRASH_POINTS=1 builds it and chooses it
+    crashing = wanted == "sync" and os.environ.get("PORTWAY_CRASH_POINTS")
+    module = "sync_crash" if crashing else wanted
+    try:
+        loaded = import_module(f"portway._native.{module}")
+    except ImportError as error:
+        from .errors import MissingExtra
+
+        raise MissingExtra(
+            f"kernel objects need the native module portway._native.{module}: {error}",
+            hint="install portway with a C compiler present, or from a wheel",
+        ) from error
+    globals()[wanted] = loaded
+    return loaded

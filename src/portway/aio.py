@@ -20,11 +20,13 @@ from .kernel.session import HandoffSession as _SyncSession
 from .wire.handoff import SocketInformation
 
 if TYPE_CHECKING:
+    from .kernel.sync_aio import Event, Mutex, Semaphore, WaitableTimer, signal_and_wait, wait_all, wait_any
     from .supervise.hook_aio import AsyncGeneration, attach, detach, generation
 
 __all__ = [
-    "AsyncGeneration", "HandoffInbox", "HandoffSession", "attach", "detach", "duplicate_and_close", "duplicate_socket",
-    "generation", "socket_from", "wait_claimed",
+    "AsyncGeneration", "Event", "HandoffInbox", "HandoffSession", "Mutex", "Semaphore", "WaitableTimer", "attach",
+    "detach", "duplicate_and_close", "duplicate_socket", "generation", "signal_and_wait", "socket_from", "wait_all",
+    "wait_any", "wait_claimed",
 ]  # fmt: skip
 
 
@@ -33,6 +35,10 @@ def __getattr__(name: str) -> object:
         from .supervise import hook_aio
 
         return getattr(hook_aio, name)
+    if name in ("Event", "Mutex", "Semaphore", "WaitableTimer", "signal_and_wait", "wait_all", "wait_any"):
+        from .kernel import sync_aio
+
+        return getattr(sync_aio, name)
     raise AttributeError(f"module 'portway.aio' has no attribute {name!r}")
 
 

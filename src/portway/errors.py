@@ -4,6 +4,9 @@
 
     PortwayError
      +- InvalidAddress            (ValueError)            a name or address that cannot be parsed
+     |   +- NameTooLong                                   more than 259 characters
+     |   +- PathNotFound                                  a backslash where a kernel object's name has none
+     |   +- BadPathName                                   a name that is nothing but a backslash
      +- ConfigurationError        (ValueError)            options or portway.toml that contradict a rule
      +- NotSupported              (OSError)               this kernel, platform or build cannot do it
      +- AccessDenied              (PermissionError)       the kernel or a rule of ours says no
@@ -22,6 +25,20 @@
      |   +- TooManyDescriptors                            a descriptor limit, here or in flight
      |   +- ProviderNotFound      (LookupError)           no hand-off provider of that name
      |   +- HandoffRefused        (ConnectionError)       the other side would not take it; the source still has it
+     +- KernelObjectError                                 named objects: mappings, mutexes, events, ...
+     |   +- ObjectNotFound        (FileNotFoundError)     no object of that name, or it has just gone
+     |   +- AlreadyExists         (FileExistsError)       the name is in use and exclusive=True was asked for
+     |   +- InvalidHandle         (TypeError)             an object of another kind
+     |   +- NotOwner              (RuntimeError)          a mutex released by a thread or task that does not own it
+     |   +- TooManyPosts          (ValueError)            a semaphore released above its maximum; nothing changed
+     |   +- TooManyHolders        (OSError)               more processes than an object has places for
+     |   +- NotEnoughMemory       (MemoryError)           the file system of the objects is full
+     |   +- InvalidParameter      (ValueError)            a size, offset or count that no object can have
+     |   +- MappedAlignment       (ValueError)            a view's offset is no multiple of 64 KiB
+     |   +- FileInvalid           (ValueError)            an empty file cannot be mapped
+     |   +- ViewInUse             (BufferError)           unmap() while exported buffers are alive; nothing was unmapped
+     |   +- ObjectCorrupt                                 what lies in shared memory cannot be, or a lock is stuck
+     |   +- WaitInterrupted       (InterruptedError)      an alertable wait was ended by portway.alert()
      +- SuperviseError                                    `portway run` and its verbs
          +- AddressInUse          (OSError)               somebody else listens there
          +- NameInUse                                     a service of this name runs already
@@ -36,10 +53,13 @@ other way. ``hint`` holds the way out when the message has one: ``str(error)`` e
 from __future__ import annotations
 
 __all__ = [
-    "AccessDenied", "AddressInUse", "CommandNotFound", "ConfigurationError", "GenerationFailed", "HandoffError",
-    "HandoffRefused", "InformationExpired", "InformationUsed", "InvalidAddress", "InvalidInformation", "MissingExtra",
-    "NameInUse", "NotRunning", "NotSupported", "ObjectClosed", "OperationAborted", "OperationTimeout", "PortwayError",
-    "ProcessNotFound", "ProviderNotFound", "SourceGone", "SuperviseError", "TooManyDescriptors", "UnsupportedSocket",
+    "AccessDenied", "AddressInUse", "AlreadyExists", "BadPathName", "CommandNotFound", "ConfigurationError",
+    "FileInvalid", "GenerationFailed", "HandoffError", "HandoffRefused", "InformationExpired", "InformationUsed",
+    "InvalidAddress", "InvalidHandle", "InvalidInformation", "InvalidParameter", "KernelObjectError",
+    "MappedAlignment", "MissingExtra", "NameInUse", "NameTooLong", "NotEnoughMemory", "NotOwner", "NotRunning",
+    "NotSupported", "ObjectClosed", "ObjectCorrupt", "ObjectNotFound", "OperationAborted", "OperationTimeout",
+    "PathNotFound", "PortwayError", "ProcessNotFound", "ProviderNotFound", "SourceGone", "SuperviseError",
+    "TooManyDescriptors", "TooManyHolders", "TooManyPosts", "UnsupportedSocket", "ViewInUse", "WaitInterrupted",
     "WrongProcess", "for_code",
 ]  # fmt: skip
 
@@ -66,6 +86,18 @@ def _rebuild(kind: type[PortwayError], message: str, hint: str | None) -> Portwa
 
 class InvalidAddress(PortwayError, ValueError):
     code = 123  # ERROR_INVALID_NAME
+
+
+class NameTooLong(InvalidAddress):
+    code = 206  # ERROR_FILENAME_EXCED_RANGE
+
+
+class PathNotFound(InvalidAddress):
+    code = 3  # ERROR_PATH_NOT_FOUND
+
+
+class BadPathName(InvalidAddress):
+    code = 161  # ERROR_BAD_PATHNAME
 
 
 class ConfigurationError(PortwayError, ValueError):
@@ -138,6 +170,62 @@ class ProviderNotFound(HandoffError, LookupError):
 
 class HandoffRefused(HandoffError, ConnectionError):
     code = 10061  # WSAECONNREFUSED
+
+
+class KernelObjectError(PortwayError):
+    code = 1  # ERROR_INVALID_FUNCTION
+
+
+class ObjectNotFound(KernelObjectError, FileNotFoundError):
+    code = 2  # ERROR_FILE_NOT_FOUND
+
+
+class AlreadyExists(KernelObjectError, FileExistsError):
+    code = 183  # ERROR_ALREADY_EXISTS
+
+
+class InvalidHandle(KernelObjectError, TypeError):
+    code = 6  # ERROR_INVALID_HANDLE
+
+
+class NotOwner(KernelObjectError, RuntimeError):
+    code = 288  # ERROR_NOT_OWNER
+
+
+class TooManyPosts(KernelObjectError, ValueError):
+    code = 298  # ERROR_TOO_MANY_POSTS
+
+
+class TooManyHolders(KernelObjectError, OSError):
+    code = 1450  # ERROR_NO_SYSTEM_RESOURCES
+
+
+class NotEnoughMemory(KernelObjectError, MemoryError):
+    code = 8  # ERROR_NOT_ENOUGH_MEMORY
+
+
+class InvalidParameter(KernelObjectError, ValueError):
+    code = 87  # ERROR_INVALID_PARAMETER
+
+
+class MappedAlignment(KernelObjectError, ValueError):
+    code = 1132  # ERROR_MAPPED_ALIGNMENT
+
+
+class FileInvalid(KernelObjectError, ValueError):
+    code = 1006  # ERROR_FILE_INVALID
+
+
+class ViewInUse(KernelObjectError, BufferError):
+    code = 1224  # ERROR_USER_MAPPED_FILE
+
+
+class ObjectCorrupt(KernelObjectError):
+    code = 1392  # ERROR_FILE_CORRUPT
+
+
+class WaitInterrupted(KernelObjectError, InterruptedError):
+    code = 192  # WAIT_IO_COMPLETION
 
 
 class SuperviseError(PortwayError):

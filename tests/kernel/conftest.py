@@ -1,6 +1,11 @@
+"""Fixtures of the kernel floor's tests; those of the kernel objects are in `sync_world`."""
+
 from __future__ import annotations
 
 import pytest
+from sync_world import root, start
+
+__all__ = ["root", "start"]
 
 
 @pytest.fixture(autouse=True)

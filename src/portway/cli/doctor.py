@@ -75,6 +75,57 @@ def _reuseport() -> Finding:
     return Finding("reload of TCP listeners", True, "SO_REUSEPORT and its BPF steering work")
 
 
+def _objects() -> Finding:
+    """Makes a small mapping where named objects live."""
+    from ..kernel.namespace import default_root
+    from ..kernel.section import FileMapping
+
+    root = default_root()
+    with FileMapping.create(None, 4096) as mapping, mapping.view() as view:
+        view[0] = 1
+    room = os.statvfs(root)
+    size, free = room.f_blocks * room.f_frsize >> 20, room.f_bavail * room.f_frsize >> 20
+    says = f"in {root}: {size} MB, {free} MB free"
+    if size <= 64:
+        says += "; Docker's default, enlarge it with --shm-size"
+    if root == "/dev/shm" and os.getuid() >= 1000 and _removes_ipc():
+        says += "; logind empties it when you log out (RemoveIPC), an administrator's /run/portway is safe from that"
+    return Finding("named objects", True, says)
+
+
+def _removes_ipc() -> bool:
+    """Whether logind runs here and its configuration leaves RemoveIPC on, the default."""
+    if not os.path.isdir("/run/systemd/seats"):
+        return False
+    try:
+        lines = Path("/etc/systemd/logind.conf").read_text().splitlines()
+    except OSError:
+        return True
+    return not any(line.replace(" ", "").lower() in ("removeipc=no", "removeipc=false") for line in lines)
+
+
+def _waits() -> Finding:
+    from .._accel import sync
+
+    missing = sync.fallbacks()
+    if not missing:
+        return Finding("waits and locks", True, "robust futexes and futex_waitv: the kernel wakes, nothing polls")
+    ways = {
+        "slices": "PORTWAY_SYNC=slices is set: waits look again every 20 ms",
+        "futex_waitv": "no futex_waitv (before Linux 5.16, or filtered away): waits for several objects look again",
+        "robust list": "no robust list as glibc has it (musl): a dead owner is found by looking again",
+        "kernel before 6.2": "kernel before 6.2: single waits look again too",
+    }
+    return Finding("waits and locks", True, "; ".join(ways.get(one, one) for one in missing))
+
+
+def _dotnet() -> Finding:
+    from .._accel import dotnet
+
+    says = "named mutexes shared with .NET Core 2.0 to .NET 10" if dotnet.SUPPORTED else "needs glibc on 64 bits"
+    return Finding(".NET mutexes", True, says)
+
+
 def _limits() -> Finding:
     import resource
 
@@ -103,6 +154,9 @@ _CHECKS: dict[str, Callable[[], Finding]] = {
     "yama": _yama,
     "push as a message": _inbox,
     "reload of TCP listeners": _reuseport,
+    "named objects": _objects,
+    "waits and locks": _waits,
+    ".NET mutexes": _dotnet,
     "descriptor limit": _limits,
     "portway asgi": _extra("uvicorn", "portway asgi", "asgi"),
 }

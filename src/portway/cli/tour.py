@@ -22,7 +22,7 @@ __all__ = ["command"]
 @click.command("tour")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a line, the summary last.")
 def command(as_json: bool) -> None:
-    """Shows what portway is for: reloads under load, a broken version refused, a live connection that moves.
+    """Shows what portway is for: reloads under load, a live connection that moves, memory shared under a mutex.
 
     Starts real processes on 127.0.0.1 in a folder of its own and ends them. Exit code 1 if anything was lost.
     """
@@ -37,11 +37,12 @@ def command(as_json: bool) -> None:
 def _machine_readable() -> dict[str, Any]:
     from ..tour.moving import move_connection
     from ..tour.service import show_reloads
+    from ..tour.sharing import share_memory
 
     def say(event: str, facts: dict[str, Any]) -> None:
         print(json.dumps({"event": event, **facts}), flush=True)
 
-    summary = {"reload": show_reloads(say), "move": move_connection(say)}
+    summary = {"reload": show_reloads(say), "move": move_connection(say), "share": share_memory(say)}
     print(json.dumps({"event": "summary", **summary}), flush=True)
     return summary
 
@@ -52,6 +53,7 @@ def _for_people() -> dict[str, Any]:
 
     from ..tour.moving import move_connection
     from ..tour.service import show_reloads
+    from ..tour.sharing import share_memory
 
     console = Console()
 
@@ -75,9 +77,11 @@ def _for_people() -> dict[str, Any]:
             done.set()
     console.rule("2. A live connection moves between two unrelated processes")
     move = move_connection(say)
+    console.rule("3. Two processes share memory under a mutex; one is killed while it holds it")
+    share = share_memory(say)
     console.rule("Summary")
-    console.print(_summary(reload, move))
-    return {"reload": reload, "move": move}
+    console.print(_summary(reload, move, share))
+    return {"reload": reload, "move": move, "share": share}
 
 
 def _clients(latest: dict[str, Any]) -> Table:
@@ -95,7 +99,7 @@ def _clients(latest: dict[str, Any]) -> Table:
     return table
 
 
-def _summary(reload: dict[str, Any], move: dict[str, Any]) -> Table:
+def _summary(reload: dict[str, Any], move: dict[str, Any], share: dict[str, Any]) -> Table:
     from rich.table import Table
 
     table = Table("what", "figure", show_header=False, box=None)
@@ -108,7 +112,9 @@ def _summary(reload: dict[str, Any], move: dict[str, Any]) -> Table:
     table.add_row("broken version", "refused, the old one served on" if refused else "TOOK OVER")
     table.add_row("moves of one live connection", f"{move['moves']}, median {move['median_us']} us")
     table.add_row("its unread bytes and state", "kept" if move["unread_and_state_kept"] else "LOST")
-    well = reload["ok"] and move["ok"]
+    table.add_row("writes under the mutex", f"{share['writes']}, the numbers add up: {share['numbers']}")
+    table.add_row("owner killed with -9", f"the next one told after {share['told_after_us']} us, and went on")
+    well = reload["ok"] and move["ok"] and share["ok"]
     table.add_row("result", "[green]nothing was lost[/]" if well else "[red]something was lost[/]")
     if reload["first_error"]:
         table.add_row("first error of a client", reload["first_error"])

@@ -11,16 +11,19 @@ from ..errors import (
     ConfigurationError,
     GenerationFailed,
     InvalidAddress,
+    InvalidParameter,
     NameInUse,
     NotRunning,
+    ObjectNotFound,
     OperationTimeout,
     PortwayError,
-)  # fmt: skip
+)
 
 __all__ = ["EXIT", "exit_code", "report"]
 
 EXIT = {  # 0 done, 1 any other error, 126/127 see below
-    ConfigurationError: 2, InvalidAddress: 2, NotRunning: 3, GenerationFailed: 4, OperationTimeout: 5, NameInUse: 6,
+    ConfigurationError: 2, InvalidAddress: 2, InvalidParameter: 2, NotRunning: 3, ObjectNotFound: 3,
+    GenerationFailed: 4, OperationTimeout: 5, NameInUse: 6,
 }  # fmt: skip
 
 

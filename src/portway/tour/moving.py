@@ -12,16 +12,18 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
-__all__ = ["move_connection"]
+__all__ = ["TourProcess", "move_connection"]
 
 MOVES = 200
 Say = Callable[[str, dict[str, Any]], None]
 
 
-class _Process:
-    def __init__(self) -> None:
+class TourProcess:
+    """A child that says JSON lines and takes orders."""
+
+    def __init__(self, module: str = "portway.tour.peer") -> None:
         self.popen = subprocess.Popen(
-            [sys.executable, "-m", "portway.tour.peer"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            [sys.executable, "-m", module], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
             start_new_session=True,
         )  # fmt: skip
         self.pid = self.popen.pid
@@ -53,7 +55,7 @@ def move_connection(say: Say) -> dict[str, Any]:
     """Moves it `MOVES` times between two processes, then kills one with -9; the figures."""
     with ExitStack() as stack:
         server = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
-        processes = [_Process(), _Process()]
+        processes = [TourProcess(), TourProcess()]
         for process in processes:
             stack.callback(process.end)
         here, there = processes

@@ -1,0 +1,139 @@
+"""Runs scenarios in children that end themselves at a crash point. Its own process loads the build with crash points.
+
+A line in: ``scenario point skip``; a line out: ``killed``, ``done`` or the error.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+
+from portway import Event, Mutex, Semaphore, WaitableTimer, errors, wait_all, wait_any
+from portway._accel import sync as native
+
+
+def mutex_alone():
+    mutex = Mutex.open("m")
+    mutex.acquire(0)
+    mutex.acquire(0)
+    mutex.release()
+    mutex.release()
+
+
+def mutex_contended():
+    """Somebody else holds it until this one sleeps."""
+    mutex = Mutex.open("m")
+    mutex.acquire(20)
+    mutex.release()
+
+
+def mutex_freed_for_others():
+    """The test waits for it in two processes."""
+    mutex = Mutex.open("m")
+    mutex.acquire(0)
+    Event.open("held").set()
+    keep = Event.open("go")
+    keep.wait(20)
+    mutex.release()
+
+
+def event_set():
+    Event.open("auto").set()
+
+
+def set_after_timeout():
+    """The word still says that somebody may sleep."""
+    try:
+        Event.open("auto").wait(0.001)
+    except errors.OperationTimeout:
+        Event.open("auto").set()
+
+
+def manual_set():
+    Event.open("manual").set()
+
+
+def pulse():
+    Event.open("manual").pulse()
+
+
+def semaphore_release():
+    Semaphore.open("s").release(2)
+
+
+def take():
+    Semaphore.open("s").wait(0)
+
+
+def wait_for_event():
+    Event.open("auto").wait(20)
+
+
+def any_of_many():
+    wait_any([Event.open("auto"), Semaphore.open("s"), Mutex.open("m")], 0)
+
+
+def many_asleep():
+    wait_any([Event.open("auto"), Event.open("never")], 20)
+
+
+def timer_set():
+    WaitableTimer.open("t").set(0)
+
+
+def all_of_many():
+    wait_all([Semaphore.open("s"), Semaphore.open("s2"), Mutex.open("m"), Event.open("auto")], 0)
+
+
+def all_but_one():
+    """All looked signalled, but the mutex is another's: nothing is taken."""
+    try:
+        wait_all([Semaphore.open("s"), Semaphore.open("s2"), Mutex.open("m")], 0)
+    except errors.OperationTimeout:
+        pass
+
+
+def recover():
+    """Looks at everything, as the next one does after a crash."""
+    for one in (Semaphore.open("s"), Semaphore.open("s2"), Event.open("auto"), Mutex.open("m")):
+        try:
+            wait_any([one, Event.open("always")], 0)
+        except errors.OperationTimeout:
+            pass
+
+
+def recover_singly():
+    for name in ("s", "s2"):
+        try:
+            Semaphore.open(name).release(10**6)
+        except errors.TooManyPosts:
+            pass
+    try:
+        Mutex.open("m").acquire(0)
+    except errors.OperationTimeout:
+        pass
+
+
+SCENARIOS = {name: work for name, work in list(globals().items()) if callable(work) and work.__module__ == __name__}
+
+
+def main() -> None:
+    for line in sys.stdin:
+        name, point, skip = line.split()
+        pid = os.fork()
+        if pid == 0:
+            code = 1
+            try:
+                native.crash_at(point.encode(), int(skip))
+                SCENARIOS[name]()
+                native.crash_at(b"none")
+                code = 0
+            finally:
+                os._exit(code)
+        status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        print({0: "done", -signal.SIGKILL: "killed"}.get(status, f"ended {status}"), flush=True)
+
+
+if __name__ == "__main__":
+    main()
