@@ -55,7 +55,8 @@ def test_either_side_dies_at_a_random_point(server: str, victim: str) -> None:
                 # The shared listener may have given some to the new worker already: those do not move.
                 assert len(served(it, socks, b"before", 1)) == CONNECTIONS
                 old.drain(2, it.inboxes[2][1])
-                pause(rng.uniform(0, 0.05) if number % 3 else rng.uniform(0.3, 0.45))
+                # At once, while they move, or when all have moved.
+                pause((0.0, rng.uniform(0, 0.05), rng.uniform(0.3, 0.45))[number % 3])
                 if victim == "successor":
                     new.end()
                     it.forget_inbox(2)
