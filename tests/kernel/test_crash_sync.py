@@ -208,6 +208,17 @@ def test_set_with_one_who_waits_for_many(server, closing, scenario):
         one.reset()
 
 
+def test_set_when_the_word_says_somebody_may_sleep(server):
+    one = Event("auto")
+    for at in every_kill(server, "set_after_timeout", skips=4):
+        one.reset()
+        with pytest.raises(errors.OperationTimeout):
+            one.wait(0)
+        one.set()
+        one.wait(0)
+        assert not one.is_set(), at
+
+
 def test_pulse_with_two_waiters(server, closing):
     one = Event("manual", manual_reset=True)
     for point in POINTS:
@@ -454,8 +465,10 @@ def test_set_and_kill_the_first_waiter_in_one_breath(root, name):
         tell("through")
 
     other = Event("other")
-    event = Event(name, manual_reset=name == "manual")
-    one = Semaphore(0, 9, "s") if name == "s" else Mutex("m") if name == "m" else event
+    if name in "sm":
+        one = Semaphore(0, 9, "s") if name == "s" else Mutex("m")
+    else:
+        one = Event(name, manual_reset=name == "manual")
     affinity, lost, trials = os.sched_getaffinity(0), 0, 500
     one_core()
     try:

@@ -243,6 +243,8 @@ cdef class Handle:
             raise errors.WaitInterrupted(f"{doing} {what} was ended by portway.alert()")
         if wrong == PW_NOT_OWNER:
             raise errors.NotOwner(f"{what} does not belong to this thread", hint="who acquires it releases it")
+        if wrong == PW_TOO_MANY:
+            raise errors.TooManyPosts(f"{what} was acquired 4,294,967,295 times without a release")
         if wrong == PW_STUCK:
             raise errors.ObjectCorrupt(
                 f"{what}: its internal lock has been held for 10 s",
@@ -370,6 +372,8 @@ cdef class Mutex(Handle):
                 if b.count == 1:
                     self.abandoned = False
                 return True
+            if wrong != PW_TIMEOUT:
+                self.fail(wrong, timeout, "acquiring")
         return self.acquire_slowly(timeout, alertable)
 
     cdef acquire_slowly(self, timeout, bint alertable):

@@ -106,7 +106,7 @@ static inline int pw_L_lock(pw_body *b, pw_thread *me, int64_t at) {
 /* ---- who waits, for `ls` and pulse ---- */
 
 static void pw_waiting(pw_body *b, int step) {
-    if (b->slot >= 0) __atomic_fetch_add(&b->slots[4 * b->slot + 1], (uint32_t)step, __ATOMIC_RELAXED);
+    if (b->slot >= 0) b->slots[4 * b->slot + 1] += (uint32_t)step; /* only this process writes it, with the GIL */
 }
 
 static uint32_t pw_waiters(pw_body *b) {
@@ -319,8 +319,11 @@ static int pw_timer_set(pw_body *b, int64_t due, int64_t period, int realtime, i
 
 /* ---- waiting for one semaphore, event or timer ---- */
 
-static int pw_sleep_on(pw_body *b, pw_thread *me, uint32_t *word, uint32_t expected, int64_t at, uint32_t *alert) {
+/* `at` below 0: so many nanoseconds from now. */
+static int pw_sleep_on(pw_thread *me, uint32_t *word, uint32_t expected, int64_t at, uint32_t *alert) {
     int got;
+    if (alert && at < 0) at = pw_clock(0) - at;
+    (void)me;
     Py_BEGIN_ALLOW_THREADS
     if (!alert)
         got = pw_futex_wait(word, expected, at);
@@ -356,11 +359,26 @@ static void pw_take_and_unlock(pw_body *b, pw_thread *me, uint32_t epoch, uint64
     pw_unlock_and_wake(b, me, more, b->manual ? INT_MAX : 1);
 }
 
+/* Before it sleeps a wait gives up the core once, as long as that has helped: two processes that take turns on one core
+ * then need no futex call at all. Nothing is registered yet, so nothing can be lost. */
+static void pw_give_way(pw_body *b) {
+    uint64_t ignored;
+    if (b->kind == PW_TIMER || pw_signalled(b, PW_EPOCH(b->page->value), &ignored)) return;
+    if (b->luck < 0 && (++b->tries & 63)) return;
+    Py_BEGIN_ALLOW_THREADS
+    sched_yield();
+    Py_END_ALLOW_THREADS
+    if (pw_signalled(b, PW_EPOCH(b->page->value), &ignored)) b->luck = 4;
+    else if (b->luck >= 0) b->luck--;
+}
+
 static int pw_wait(pw_body *b, int64_t at, uint32_t *alert) {
     pw_thread *me = pw_self();
-    int wrong = pw_begin(b, me, at == 0 ? pw_clock(0) + 100 * PW_MS : at), waiting = 0;
+    int wrong, waiting = 0;
     uint32_t epoch;
     uint64_t after;
+    if (at != 0) pw_give_way(b);
+    wrong = pw_begin(b, me, at == 0 ? pw_clock(0) + 100 * PW_MS : at);
     if (wrong) return wrong;
     epoch = PW_EPOCH(b->page->value);
     for (;;) {
@@ -372,9 +390,14 @@ static int pw_wait(pw_body *b, int64_t at, uint32_t *alert) {
             wrong = b->broken ? PW_CORRUPT : PW_OK;
             break;
         }
-        if (at == 0 || pw_clock(0) >= at || pw_alerted(alert)) {
+        if (at == 0 || (at != PW_NEVER && pw_clock(0) >= at)) {
             pw_L_unlock(b);
-            wrong = at != 0 && pw_clock(0) < at ? PW_ALERTED : PW_TIMEOUT;
+            wrong = PW_TIMEOUT;
+            break;
+        }
+        if (pw_alerted(alert)) {
+            pw_L_unlock(b);
+            wrong = PW_ALERTED;
             break;
         }
         if (!waiting) {
@@ -384,9 +407,10 @@ static int pw_wait(pw_body *b, int64_t at, uint32_t *alert) {
         expected = pw_register(b);
         PW_CRASH("wait.registered");
         if (b->native) pw_pending(me, &b->nodes->s);
-        until = pw_sooner(pw_sooner(at, pw_look_at(b)), pw_clock(0) + pw_slice(b, me));
+        until = pw_sooner(at, pw_look_at(b));
+        until = until == PW_NEVER ? -pw_slice(b, me) : pw_sooner(until, pw_clock(0) + pw_slice(b, me));
         pw_L_unlock(b);
-        got = pw_sleep_on(b, me, &b->page->S, expected, until, alert);
+        got = pw_sleep_on(me, &b->page->S, expected, until, alert);
         PW_CRASH("wait.woken");
         if (got == EFAULT) b->broken = 1;
         if ((got == EINTR || (me->main && got == ETIMEDOUT)) && pw_signals(me)) {
@@ -548,7 +572,7 @@ static int pw_mutex_slow(pw_body *b, pw_thread *me, uint64_t owner, int64_t at, 
         slept = 1;
         if (b->native) pw_pending(me, &b->nodes->s);
         until = now + ((S & PW_SLOT) || !b->native ? 20 * PW_MS : pw_slice(b, me));
-        got = pw_sleep_on(b, me, &b->page->S, S | PW_W, pw_sooner(at, until), alert);
+        got = pw_sleep_on(me, &b->page->S, S | PW_W, pw_sooner(at, until), alert);
         PW_CRASH("mutex.awake");
         if (got == EFAULT) b->broken = 1;
         if ((got == EINTR || (me->main && got == ETIMEDOUT)) && pw_signals(me)) {

@@ -17,6 +17,7 @@
 #include "sync_fork.h"
 #include <limits.h>
 #include <linux/futex.h>
+#include <sched.h>
 #include <signal.h>
 #include <sys/mman.h>
 #include <time.h>
@@ -86,6 +87,7 @@ typedef struct pw_body {
     uint64_t owner, owner_thread; /* this process's owner of the mutex, 0: none. Never read from the page */
     uint32_t owner_tid, count;
     int native, broken, l_busy, fd, slot, kind, manual, scope, pins, closing;
+    int luck, tries; /* whether giving up the core once has been worth it, see pw_give_way */
     uint64_t dev, ino, home;
     uint8_t hash[16];
     char folder[2][256]; /* Local, Global */
@@ -193,9 +195,10 @@ static struct timespec *pw_at(int64_t at, struct timespec *when) {
     return when;
 }
 
-/* 0 woken, else errno. `at` is monotonic, absolute. */
+/* 0 woken, else errno. `at` is monotonic, absolute; below 0: so many nanoseconds from now. */
 static int pw_futex_wait(uint32_t *word, uint32_t expected, int64_t at) {
     struct timespec when;
+    if (at < 0) return syscall(SYS_futex, word, FUTEX_WAIT, expected, pw_at(-at, &when), NULL, 0) == 0 ? 0 : errno;
     return syscall(SYS_futex, word, FUTEX_WAIT_BITSET, expected, pw_at(at, &when), NULL, FUTEX_BITSET_MATCH_ANY) == 0
                ? 0 : errno;
 }
