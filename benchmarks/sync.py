@@ -293,27 +293,29 @@ def _killed(options: Options, figures: Figures) -> None:
         return
     trials, wedged, torn = (100 if options.quick else 10_000), 0, 0
     a, b = portway.Semaphore(0, None, "a"), portway.Semaphore(0, None, "b")
-    before = len(os.listdir("/proc/self/fd"))
+    before, begun = len(os.listdir("/proc/self/fd")), mmap.mmap(-1, 4096)
 
     def take() -> None:
         mine = [portway.Semaphore.open("b"), portway.Semaphore.open("a")]
+        begun[0] = 1
         while True:
             portway.wait_all(mine)
 
-    for at in range(trials):
-        a.release(200)
-        b.release(200)
+    for _ in range(trials):
+        if a.value < 50_000:  # never so few that they sleep
+            a.release(100_000)
+            b.release(100_000)
+        begun[0] = 0
         pid = _fork(take)
-        time.sleep(0.0005 + random.random() * 0.001)
+        _until(lambda: begun[0], 5)
+        for _ in range(random.randrange(3000)):
+            pass
         _kill(pid)
-        if at % 100 == 99:
-            pid = _fork(take)
-            wedged += not _until(lambda: a.value == 0 or b.value == 0, 10)
-            _kill(pid)
-            torn += a.value != b.value
-            for one in (a, b):
-                while one.value:
-                    one.wait(0)
+        torn += a.value != b.value
+        try:
+            portway.wait_all([a, b], 5)
+        except portway.errors.OperationTimeout:
+            wedged += 1
     left = len(os.listdir("/proc/self/fd")) - before
     a.close()
     b.close()
