@@ -36,7 +36,7 @@ from . import namespace as names
 from .namespace import Kind, Namespace
 from .objectfile import BODY, FIRST, FREE_PAGES, MAX_HOLDERS, ObjectFile
 from .section_file import PATH_MAX, AnyFile, Backing, backing_of, extend, open_backing, own_descriptor, size_of
-from .sync_base import _arrived, _transit
+from .sync_base import _arrived, _transit, land
 
 if TYPE_CHECKING:
     from .._native.view import View
@@ -288,6 +288,7 @@ class FileMapping:
         """Gives up this handle; views stay. Closing twice is fine."""
         if self._closed:
             return
+        land()
         with names.lock():
             closing, self._closed = not self._closed, True
         if closing:

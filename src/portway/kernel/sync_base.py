@@ -91,6 +91,7 @@ class KernelObject:
         """Closes this handle; the object goes with the last one. Twice is fine. Closing what a thread waits for with
         this handle does not end the wait. A mutex that this thread owns is abandoned by its process's last handle.
         """
+        land()
         file = self._detach()
         if file is not None:
             namespace.release(file)
@@ -182,7 +183,7 @@ def _transit(file: ObjectFile) -> int | None:
     popen = context.get_spawning_popen() if context is not None else None
     if popen is None:
         return None
-    _land()
+    land()
     fd = os.open(f"/proc/self/fd/{file.fd}", os.O_RDWR | os.O_CLOEXEC)
     objectfile.lock_slot(fd, file.path)
     _flying.append((weakref.ref(popen), fd))
@@ -190,7 +191,7 @@ def _transit(file: ObjectFile) -> int | None:
     return sent
 
 
-def _land() -> None:
+def land() -> None:
     """Closes what was sent to children that have started: their copies keep it."""
     for one in list(_flying):
         popen = one[0]()
