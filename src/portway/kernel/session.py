@@ -19,7 +19,7 @@ from typing import Any, Self
 
 from .._accel import handoff as _native
 from ..deadline import Deadline
-from ..errors import AccessDenied, HandoffRefused, ObjectClosed, ProcessNotFound
+from ..errors import AccessDenied, HandoffError, HandoffRefused, ObjectClosed, ProcessNotFound
 from ..provider import Handoff
 from ..wire import handoff as wire
 from .fdpass import MAX_DESCRIPTORS, poll_for
@@ -212,7 +212,7 @@ class HandoffSession:
         if self._process.closed:
             raise ObjectClosed("this HandoffSession is closed")
         if _native.readable(self._process.fileno()):
-            raise ProcessNotFound(f"pid {self.pid} has ended")
+            raise self._ended()
         return Deadline(self.timeout), time.monotonic_ns() + int(self.expires * 1e9)
 
     def _send_batch(self, data: bytes, fds: list[int], span: slice, deadline: Deadline) -> None:
@@ -256,11 +256,20 @@ class HandoffSession:
 
     def _understand(self, message: bytes) -> None:
         if not message:
-            raise self._refused("it closed its inbox")
+            raise self._hung_up()
         if message[0] == wire.Kind.REFUSED:
             raise self._refused(message[1:].decode("utf-8", "replace"))
         if message[0] == wire.Kind.ACK:
             self._acknowledged = min(self._sent, wire.unpack_count(message, 8))
+
+    def _hung_up(self) -> HandoffError:
+        """A process that was killed closes its descriptors a moment before it counts as ended."""
+        poll = select.poll()
+        poll.register(self._process.fileno(), select.POLLIN)
+        return self._ended() if poll.poll(20) else self._refused("it closed its inbox")
+
+    def _ended(self) -> ProcessNotFound:
+        return ProcessNotFound(f"pid {self.pid} has ended")
 
     def _refused(self, why: str) -> HandoffRefused:
         return HandoffRefused(f"pid {self.pid} does not take sockets: {why}", hint="the caller still has the socket")
@@ -284,7 +293,7 @@ class HandoffSession:
         elif error.errno in (errno.EPIPE, errno.ECONNRESET):
             while self._hear():
                 pass
-            raise self._refused("it closed its inbox")
+            raise self._hung_up()
         else:
             raise error
 
