@@ -14,6 +14,7 @@ from typing import Any
 LOOP = """
 import json, os, sys, threading, time, signal
 import portway
+signal.signal(signal.SIGINT, signal.default_int_handler)  # what starts the tests may have it ignored
 space = {"portway": portway, "os": os, "sys": sys, "threading": threading, "time": time, "signal": signal}
 for line in sys.stdin:
     try:
