@@ -1,7 +1,7 @@
 """Pages of synchronisation objects from outside: any bytes end in an error of ours or in nothing.
 
     python fuzz/fuzz_sync.py [-max_total_time=60]     with atheris
-    python fuzz/fuzz_sync.py --seconds 60             without: random pages
+    python fuzz/fuzz_sync.py --smoke | --seconds 60   without: random pages
 """
 
 from __future__ import annotations
@@ -67,8 +67,9 @@ def one_input(data: bytes) -> None:
 
 def main() -> None:
     try:
-        if "--seconds" in sys.argv:
-            limit, noise, count = float(sys.argv[sys.argv.index("--seconds") + 1]), random.Random(), 0
+        if "--smoke" in sys.argv or "--seconds" in sys.argv:
+            limit = 8.0 if "--smoke" in sys.argv else float(sys.argv[sys.argv.index("--seconds") + 1])
+            noise, count = random.Random(), 0
             until = time.monotonic() + limit
             while time.monotonic() < until:
                 one_input(noise.randbytes(noise.choice([8, 40, 400, 3000])))
