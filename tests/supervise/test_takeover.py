@@ -129,7 +129,7 @@ def test_where_pidfd_getfd_is_forbidden_the_refusal_is_clear(world: World) -> No
 @pytest.mark.parametrize("reloading", [False, True], ids=["steady", "reloading"])
 def test_supervisor_killed_at_random_points(world: World, reloading: bool) -> None:
     """Whatever the moment: one generation serves, the next supervisor takes over. Between reloads no connection is
-    lost; in the middle of one the kernel may reset those just queued for the generation that leaves."""
+    lost; in the middle of one a few are (why is not established): the bound is what was seen, not what is wanted."""
     arguments = ("--name", "web", "--bind", "127.0.0.1:0", "--ready-hold", "0", "--settle", "0.05", "--", *PLAIN)
     chance, kills = random.Random(20), 12
     web = world.start(*arguments)
