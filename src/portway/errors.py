@@ -39,6 +39,20 @@
      |   +- ViewInUse             (BufferError)           unmap() while exported buffers are alive; nothing was unmapped
      |   +- ObjectCorrupt                                 what lies in shared memory cannot be, or a lock is stuck
      |   +- WaitInterrupted       (InterruptedError)      an alertable wait was ended by portway.alert()
+     +- PipeError                 (OSError)               named pipes
+     |   +- PipeNotFound          (FileNotFoundError)     no pipe of that name; the message lists where was looked
+     |   +- PipeBusy              (BlockingIOError)       every instance is in use, or unread data is in the way
+     |   +- BrokenPipe            (BrokenPipeError)       the other end has gone and everything it wrote was read
+     |   |   +- NoData                                    a write to an end that has gone
+     |   +- PipeEmpty             (BlockingIOError)       a non-blocking read of an empty pipe
+     |   +- PipeNotConnected      (ConnectionError)       the server has disconnected this client
+     |   +- PipeListening                                 nobody has connected to this instance yet
+     |   +- PipeConnected                                 the instance has its client already
+     |   +- BadPipe                                       not possible with this type or read mode of pipe
+     |   +- MoreData                                      part of a message: `data`, or `count` in the caller's buffer
+     |   +- MessageTooLarge                               above max_message; it can still be read in parts
+     |   +- MessageAbandoned                              its writer gave up in the middle of this message
+     |   +- AmbiguousName                                 several .NET pipes differ from the name only in case
      +- SuperviseError                                    `portway run` and its verbs
          +- AddressInUse          (OSError)               somebody else listens there
          +- NameInUse                                     a service of this name runs already
@@ -53,12 +67,13 @@ other way. ``hint`` holds the way out when the message has one: ``str(error)`` e
 from __future__ import annotations
 
 __all__ = [
-    "AccessDenied", "AddressInUse", "AlreadyExists", "BadPathName", "CommandNotFound", "ConfigurationError",
-    "FileInvalid", "GenerationFailed", "HandoffError", "HandoffRefused", "InformationExpired", "InformationUsed",
+    "AccessDenied", "AddressInUse", "AlreadyExists", "AmbiguousName", "BadPathName", "BadPipe", "BrokenPipe",
+    "CommandNotFound", "ConfigurationError", "FileInvalid", "GenerationFailed", "HandoffError", "HandoffRefused", "InformationExpired", "InformationUsed",
     "InvalidAddress", "InvalidHandle", "InvalidInformation", "InvalidParameter", "KernelObjectError",
-    "MappedAlignment", "MissingExtra", "NameInUse", "NameTooLong", "NotEnoughMemory", "NotOwner", "NotRunning",
-    "NotSupported", "ObjectClosed", "ObjectCorrupt", "ObjectNotFound", "OperationAborted", "OperationTimeout",
-    "PathNotFound", "PortwayError", "ProcessNotFound", "ProviderNotFound", "SourceGone", "SuperviseError",
+    "MappedAlignment", "MessageAbandoned", "MessageTooLarge", "MissingExtra", "MoreData", "NameInUse", "NameTooLong",
+    "NoData", "NotEnoughMemory", "NotOwner", "NotRunning", "NotSupported", "ObjectClosed", "ObjectCorrupt",
+    "ObjectNotFound", "OperationAborted", "OperationTimeout", "PathNotFound", "PipeBusy", "PipeConnected",
+    "PipeEmpty", "PipeError", "PipeListening", "PipeNotConnected", "PipeNotFound", "PortwayError", "ProcessNotFound", "ProviderNotFound", "SourceGone", "SuperviseError",
     "TooManyDescriptors", "TooManyHolders", "TooManyPosts", "UnsupportedSocket", "ViewInUse", "WaitInterrupted",
     "WrongProcess", "for_code",
 ]  # fmt: skip
@@ -226,6 +241,78 @@ class ObjectCorrupt(KernelObjectError):
 
 class WaitInterrupted(KernelObjectError, InterruptedError):
     code = 192  # WAIT_IO_COMPLETION
+
+
+class PipeError(PortwayError, OSError):
+    code = 230  # ERROR_BAD_PIPE
+
+
+class PipeNotFound(PipeError, FileNotFoundError):
+    code = 2  # ERROR_FILE_NOT_FOUND
+
+
+class PipeBusy(PipeError, BlockingIOError):
+    code = 231  # ERROR_PIPE_BUSY
+
+
+class BrokenPipe(PipeError, BrokenPipeError):
+    code = 109  # ERROR_BROKEN_PIPE
+
+
+class NoData(BrokenPipe):
+    code = 232  # ERROR_NO_DATA: the pipe is being closed
+
+
+class PipeEmpty(PipeError, BlockingIOError):
+    code = 232  # ERROR_NO_DATA, as PIPE_NOWAIT gives it
+
+
+class PipeNotConnected(PipeError, ConnectionError):
+    code = 233  # ERROR_PIPE_NOT_CONNECTED
+
+
+class PipeListening(PipeError):
+    code = 536  # ERROR_PIPE_LISTENING
+
+
+class PipeConnected(PipeError):
+    code = 535  # ERROR_PIPE_CONNECTED
+
+
+class BadPipe(PipeError):
+    code = 230  # ERROR_BAD_PIPE
+
+
+class MoreData(PipeError):
+    """`data` is the part that was read (b"" when it went into the caller's buffer), `count` its size, `left` what the
+    message has still; the next reads give the rest."""
+
+    code = 234  # ERROR_MORE_DATA
+
+    def __init__(
+        self, message: str = "", *, hint: str | None = None, data: bytes = b"", count: int = 0, left: int = 0
+    ) -> None:
+        super().__init__(message, hint=hint)
+        self.data, self.count, self.left = data, count or len(data), left
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return _more_data, (self.message, self.hint, self.data, self.count, self.left)
+
+
+def _more_data(message: str, hint: str | None, data: bytes, count: int, left: int) -> MoreData:
+    return MoreData(message, hint=hint, data=data, count=count, left=left)
+
+
+class MessageTooLarge(PipeError):
+    code = 111  # ERROR_BUFFER_OVERFLOW
+
+
+class MessageAbandoned(PipeError):
+    code = 995  # ERROR_OPERATION_ABORTED, by the other end
+
+
+class AmbiguousName(PipeError):
+    code = 2  # ERROR_FILE_NOT_FOUND
 
 
 class SuperviseError(PortwayError):
