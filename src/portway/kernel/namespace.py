@@ -36,7 +36,8 @@ from ..errors import (
     ObjectNotFound,
     OperationTimeout,
 )
-from . import objectfile
+from . import folders, objectfile
+from .folders import check_folder, make_folder
 from .object_name import MAX_NAME, Name, parse_name
 from .objectfile import (
     SLOTS,
@@ -60,31 +61,8 @@ ATTEMPTS = 1000
 
 
 def default_root() -> str:
-    """See the module. `PORTWAY_ROOT` is not looked at by a set-uid program."""
-    given = os.environ.get("PORTWAY_ROOT")
-    if given and os.getuid() == os.geteuid() and os.getgid() == os.getegid():
-        return given
-    try:
-        info = os.lstat("/run/portway")
-        if stat.S_ISDIR(info.st_mode) and info.st_uid == 0 and stat.S_IMODE(info.st_mode) == 0o1777:
-            return "/run/portway"
-    except OSError:
-        pass
-    return "/dev/shm"
-
-
-def check_folder(path: str, uids: tuple[int, ...], mode: int, fix: str) -> None:
-    """`AccessDenied` unless `path` is a folder, no symlink, of one of `uids` and with exactly `mode`.
-
-    For every folder where names of ours live, of pipes and mailslots too.
-    """
-    info = os.lstat(path)
-    if not stat.S_ISDIR(info.st_mode):
-        raise AccessDenied(f"{path} is not a folder but something put there before us", hint=fix)
-    if info.st_uid not in uids:
-        raise AccessDenied(f"{path} belongs to uid {user_name(info.st_uid)}, who could exchange objects", hint=fix)
-    if stat.S_IMODE(info.st_mode) != mode:
-        raise AccessDenied(f"{path} has mode {stat.S_IMODE(info.st_mode):o}, must have {mode:o}", hint=fix)
+    """See the module."""
+    return folders.default_root("/dev/shm")
 
 
 class Entry(NamedTuple):
@@ -129,24 +107,11 @@ class Namespace:
             except FileNotFoundError:
                 if not make:
                     raise ObjectNotFound(f"no object exists under {path}") from None
-                self._make(path, mode)
+                try:
+                    make_folder(path, mode)
+                except OSError as error:
+                    raise full(error, path) from error
         raise AccessDenied(f"{path} comes and goes", hint="end what removes it")
-
-    def _make(self, path: str, mode: int) -> None:
-        """Under a name of its own first, so that no other process meets a folder with the wrong mode."""
-        fresh = f"{path}.{os.getpid()}.{os.urandom(4).hex()}"
-        try:
-            os.makedirs(self.root, exist_ok=True)
-            os.mkdir(fresh, 0o700)
-            os.chmod(fresh, mode)
-            try:
-                os.rename(fresh, path)  # replaces an empty folder only
-            except OSError as error:
-                os.rmdir(fresh)
-                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR, errno.EPERM, errno.EACCES):
-                    raise
-        except OSError as error:
-            raise full(error, path) from error
 
     def create(
         self, kind: Kind, name: str | None, *, exclusive: bool = False, size: int = 0, flags: int = 0,
