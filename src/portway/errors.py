@@ -68,12 +68,13 @@ from __future__ import annotations
 
 __all__ = [
     "AccessDenied", "AddressInUse", "AlreadyExists", "AmbiguousName", "BadPathName", "BadPipe", "BrokenPipe",
-    "CommandNotFound", "ConfigurationError", "FileInvalid", "GenerationFailed", "HandoffError", "HandoffRefused", "InformationExpired", "InformationUsed",
-    "InvalidAddress", "InvalidHandle", "InvalidInformation", "InvalidParameter", "KernelObjectError",
-    "MappedAlignment", "MessageAbandoned", "MessageTooLarge", "MissingExtra", "MoreData", "NameInUse", "NameTooLong",
-    "NoData", "NotEnoughMemory", "NotOwner", "NotRunning", "NotSupported", "ObjectClosed", "ObjectCorrupt",
-    "ObjectNotFound", "OperationAborted", "OperationTimeout", "PathNotFound", "PipeBusy", "PipeConnected",
-    "PipeEmpty", "PipeError", "PipeListening", "PipeNotConnected", "PipeNotFound", "PortwayError", "ProcessNotFound", "ProviderNotFound", "SourceGone", "SuperviseError",
+    "CommandNotFound", "ConfigurationError", "FileInvalid", "GenerationFailed", "HandoffError", "HandoffRefused",
+    "InformationExpired", "InformationUsed", "InvalidAddress", "InvalidHandle", "InvalidInformation",
+    "InvalidParameter", "KernelObjectError", "MappedAlignment", "MessageAbandoned", "MessageTooLarge",
+    "MissingExtra", "MoreData", "NameInUse", "NameTooLong", "NoData", "NotEnoughMemory", "NotOwner", "NotRunning",
+    "NotSupported", "ObjectClosed", "ObjectCorrupt", "ObjectNotFound", "OperationAborted", "OperationTimeout",
+    "PathNotFound", "PipeBusy", "PipeConnected", "PipeEmpty", "PipeError", "PipeListening", "PipeNotConnected",
+    "PipeNotFound", "PortwayError", "ProcessNotFound", "ProviderNotFound", "SourceGone", "SuperviseError",
     "TooManyDescriptors", "TooManyHolders", "TooManyPosts", "UnsupportedSocket", "ViewInUse", "WaitInterrupted",
     "WrongProcess", "for_code",
 ]  # fmt: skip

@@ -19,7 +19,7 @@ from sync_world import Process, files, until
 
 import portway
 from portway import Event, Mutex, Semaphore, WaitableTimer, errors
-from portway.kernel import namespace
+from portway.kernel import namespace, ofdlock
 from portway.kernel.namespace import Kind, Namespace, parse_name
 
 KINDS = [Mutex, Semaphore, Event, WaitableTimer]
@@ -342,7 +342,7 @@ def test_a_prepared_file_is_refused(root, what):
     before = descriptors()
     fd = os.open(path, os.O_RDWR) if what in ("text", "version", "name") else -1
     if fd >= 0:  # somebody holds a slot: not a leftover
-        namespace.objectfile._try_lock(fd, 16, 1)
+        ofdlock.try_lock(fd, 16)
     with pytest.raises((errors.AccessDenied, errors.ObjectCorrupt)):
         Event("n")
     if fd >= 0:

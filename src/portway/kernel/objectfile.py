@@ -31,7 +31,6 @@ import fcntl
 import os
 import stat
 import struct
-import time
 from contextlib import contextmanager
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -46,13 +45,14 @@ from ..errors import (
     TooManyDescriptors,
     TooManyHolders,
 )
+from .ofdlock import gate, locked_from, try_lock, unlock
 from .process import start_time
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 __all__ = [
-    "BODY", "FREE_PAGES", "GATE", "HEADER", "Header", "Holder", "Kind", "MAX_HOLDERS", "ObjectFile", "PAGE", "SLOTS",
+    "BODY", "FREE_PAGES", "HEADER", "Header", "Holder", "Kind", "MAX_HOLDERS", "ObjectFile", "PAGE", "SLOTS",
     "VERSION", "holders_of", "pack_header", "read_header",
 ]  # fmt: skip
 
@@ -65,9 +65,7 @@ FREE_PAGES = 0x5000
 BODY = 0x10000
 HEADER = struct.Struct("<8sIIIIQQQ")
 NAME_AT, NAME_MAX = 0x80, 1036
-GATE, FIRST = 0, 16
-GATE_PATIENCE = 5.0
-_FLOCK = struct.Struct("hhqqi4x")
+FIRST = 16
 _SLOT = struct.Struct("<IIQ")
 
 
@@ -139,55 +137,14 @@ def read_header(fd: int, path: str) -> Header:
         raise ObjectCorrupt(f"{path}: kind {kind} or name of {length} bytes cannot be") from None
 
 
-def _lock(fd: int, command: int, kind: int, start: int, length: int = 1) -> bytes:
-    return fcntl.fcntl(fd, command, _FLOCK.pack(kind, os.SEEK_SET, start, length, 0))
-
-
-def _try_lock(fd: int, start: int, kind: int) -> bool:
-    try:
-        _lock(fd, fcntl.F_OFD_SETLK, kind, start)
-        return True
-    except OSError as error:
-        if error.errno in (errno.EAGAIN, errno.EACCES):
-            return False
-        if error.errno == errno.ENOLCK:
-            raise TooManyHolders("the kernel has no room for another file lock") from error
-        raise
-
-
-def _locked(fd: int, start: int, length: int) -> int | None:
-    """The first byte at or after `start` that another descriptor has locked."""
-    kind, _, at, _, _ = _FLOCK.unpack(_lock(fd, fcntl.F_OFD_GETLK, fcntl.F_WRLCK, start, length))
-    return None if kind == fcntl.F_UNLCK else max(at, start)
-
-
 def held_by_others(fd: int) -> bool:
-    return _locked(fd, FIRST, MAX_HOLDERS) is not None
-
-
-@contextmanager
-def gate(fd: int, path: str, writable: bool = True) -> Iterator[None]:
-    """Joining and leaving exclude each other; a gate that somebody keeps is an error, never a hang."""
-    kind = fcntl.F_WRLCK if writable else fcntl.F_RDLCK
-    pause, limit = 0.00005, time.monotonic() + GATE_PATIENCE
-    while not _try_lock(fd, GATE, kind):
-        if time.monotonic() > limit:
-            raise OperationTimeout(
-                f"{path}: somebody has held the gate of this object for {GATE_PATIENCE:g} s",
-                hint="see who with `lslocks`; a stopped process goes on after kill -CONT",
-            )
-        time.sleep(pause)
-        pause = min(pause * 2, 0.005)
-    try:
-        yield
-    finally:
-        _lock(fd, fcntl.F_OFD_SETLK, fcntl.F_UNLCK, GATE)
+    return locked_from(fd, FIRST, MAX_HOLDERS) is not None
 
 
 def holders_of(fd: int) -> list[Holder]:
     """All live holders, seen through a descriptor that holds no slot itself; at most `MAX_HOLDERS`."""
     found, at = [], FIRST
-    while at < FIRST + MAX_HOLDERS and (hit := _locked(fd, at, FIRST + MAX_HOLDERS - at)) is not None:
+    while at < FIRST + MAX_HOLDERS and (hit := locked_from(fd, at, FIRST + MAX_HOLDERS - at)) is not None:
         slot = hit - FIRST
         data = os.pread(fd, _SLOT.size, SLOTS + slot * _SLOT.size).ljust(_SLOT.size, b"\0")
         pid, waiting, start = _SLOT.unpack(data)
@@ -245,7 +202,7 @@ class ObjectFile:
                 if not held_by_others(fd):
                     remove(fd, self.path)
                 slot = _native.guard_remove(fd)
-                _lock(fd, fcntl.F_OFD_SETLK, fcntl.F_UNLCK, FIRST + slot)
+                unlock(fd, FIRST + slot)
         except OperationTimeout:  # the next one who meets the file removes it
             _native.guard_remove(fd)
         finally:
@@ -256,7 +213,7 @@ def lock_slot(fd: int, path: str, writable: bool = True) -> int:
     """Locks a free slot for this descriptor and notes who we are in it."""
     kind = fcntl.F_WRLCK if writable else fcntl.F_RDLCK
     for slot in range(MAX_HOLDERS):
-        if _try_lock(fd, FIRST + slot, kind):
+        if try_lock(fd, FIRST + slot, kind):
             break
     else:
         raise TooManyHolders(f"{path}: {MAX_HOLDERS} processes have it open, more cannot")

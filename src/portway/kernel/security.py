@@ -110,12 +110,21 @@ class Security:
 
     def apply(self, fd: int) -> None:
         """Sets mode and ACL of a file that nobody else can have open yet. `NotSupported` without ACLs there."""
-        os.fchmod(fd, 0o600 | self.others if self.acl() is None else 0o600)
+        self._set(fd)
+
+    def apply_path(self, path: str) -> None:
+        """The same for a socket's file, where any grant is the right to connect, which the kernel calls writing."""
+        Security(
+            WRITE if self.others else 0, dict.fromkeys(self.users, WRITE), dict.fromkeys(self.groups, WRITE)
+        )._set(path)
+
+    def _set(self, file: int | str) -> None:
         value = self.acl()
+        os.chmod(file, 0o600 | self.others if value is None else 0o600)
         if value is None:
             return
         try:
-            os.setxattr(fd, _ACL, value)
+            os.setxattr(file, _ACL, value)
         except OSError as error:
             if error.errno not in (errno.EOPNOTSUPP, errno.ENOSYS):
                 raise

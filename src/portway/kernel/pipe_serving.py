@@ -1,0 +1,493 @@
+"""What a server of a pipe does: joins the name, keeps instances listening, takes clients by every door.
+
+`Serving` is the engine under `NamedPipeServer`, its asyncio twin and the native-style calls. It never waits:
+``fileno()`` (an epoll set) is readable when `accept` has something to give.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import select
+import socket
+import threading
+import warnings
+import weakref
+from collections import deque
+from contextlib import suppress
+from dataclasses import dataclass, field
+
+from ..errors import AccessDenied, ObjectClosed, OperationTimeout, PipeBusy, PortwayError
+from ..wire.pipe import Direction, Flag, Header, LineState
+from . import reaper
+from .device import Device, Place
+from .netinfo import look_at
+from .pipe_front import Front, remove_stale
+from .pipe_instance import Instance
+from .pipe_name import PipeName, parse_pipe_name
+from .pipe_record import Record, find, make, who
+from .process import peer_of, user_name, within_limits
+from .security import Security
+
+__all__ = ["Options", "PipeNameTaken", "Serving"]
+
+BACKLOG = 4
+_LOOK = 0.5  # seconds between looks at .NET's path
+_ALWAYS = 3600.0
+_live: weakref.WeakSet[Serving] = weakref.WeakSet()
+
+
+class PipeNameTaken(RuntimeWarning):
+    """Another program's server has taken .NET's path of a pipe; portway's own clients are served on."""
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What the first server of a name decides for all (type, direction, maximum), and what is one server's own."""
+
+    message: bool = False
+    direction: Direction = Direction.DUPLEX
+    max_instances: int = 255
+    instances: int | None = None
+    backlog: int = BACKLOG
+    first: bool = False
+    security: Security = field(default_factory=Security.owner)
+    remote: bool = False
+    out_size: int = 0
+    in_size: int = 0
+    default_wait_ms: int = 50
+    root: str | None = None
+
+    def header(self, name: PipeName) -> Header:
+        flags = Flag.SHARED * (not self.security.is_owner_only) | Flag.REMOTE * self.remote
+        number = int.from_bytes(os.urandom(8), "little")
+        return Header(
+            name.text, self.message, self.direction, self.max_instances, self.out_size, self.in_size,
+            self.default_wait_ms, Flag(flags), number, name.dotnet_path or "",
+        )  # fmt: skip
+
+
+class Serving:
+    """One server object's part of a pipe. Errors of opening: `AccessDenied` (another direction, ``first`` although the
+    name exists, another user's name, another program's), `PipeBusy` (all instances taken), those of names."""
+
+    def __init__(self, name: str, options: Options) -> None:
+        self.name, self.options, self.who = parse_pipe_name(name), options, who()
+        self.lock = threading.RLock()
+        self.closed = self.taken = self._warned = False
+        self.listening: list[Instance] = []
+        self.used: set[Instance] = set()
+        self._ready: deque[tuple[Instance, socket.socket]] = deque()
+        self._by_fd: dict[int, Instance] = {}
+        self._bell, self._waiters = -1, 0
+        self._door = object()  # the reaper's key for the front
+        self._door_open = False
+        self.front: Front | None = None
+        with within_limits("a pipe's server"):
+            self.record, slot = self._join()
+            try:
+                self._epoll = select.epoll()
+                self._bell = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+                self._epoll.register(self._bell, select.EPOLLIN)
+                with self.record.gate():
+                    self.front = Front(self.record, self.who.number, options.security)
+                self._listen(Instance(self.record, slot, self.who, options.security))
+                self.top_up()
+                self._settle()
+                if self.front.path:
+                    reaper.watch(self, None, _LOOK, self._look)
+            except BaseException:
+                self.close()
+                raise
+        _live.add(self)
+
+    # -- joining and leaving -------------------------------------------------------------------------------------------
+
+    def _join(self) -> tuple[Record, int]:
+        device = Device("pipe", self.options.root)
+        for _ in range(1000):
+            record = find(device.own(), self.name, write=True)
+            if record is None:
+                self._refuse_others(device)
+                made = make(device, self.name, self.options.header(self.name), not self.options.security.is_owner_only)
+                if made is not None:
+                    return made, 0
+                continue
+            try:
+                slot = self._join_existing(record)
+            except BaseException:
+                record.close()
+                raise
+            if slot is not None:
+                return record, slot
+            record.close()
+        raise OperationTimeout(f"the pipe {self.name}: others make and remove it all the time")
+
+    def _join_existing(self, record: Record) -> int | None:
+        """None: try again, since it had no server left, or has just gone."""
+        with record.gate():
+            if os.fstat(record.fd).st_nlink == 0:
+                return None
+            if not record.alive():
+                remove_stale(record)
+                record.remove()
+                return None
+            header, wanted = record.header, self.options
+            if wanted.first:
+                raise AccessDenied(f"the pipe {self.name} exists already", hint="leave out first_instance to join it")
+            if header.direction != wanted.direction:
+                theirs, ours = header.direction.name.lower(), wanted.direction.name.lower()
+                raise AccessDenied(f"the pipe {self.name} is {theirs}, this server wants {ours}")
+            record.join()
+            slot = record.take_slot()
+            if slot is None:
+                raise PipeBusy(
+                    f"all {header.max_instances} instances of the pipe {self.name} are in use",
+                    hint="the first server's max_instances holds for all",
+                )
+            record.sweep()
+            return slot
+
+    def _refuse_others(self, device: Device) -> None:
+        """A name that another user, or another program at .NET's path, visibly serves is not ours to take."""
+        me = os.geteuid()
+        for place in device.places():
+            if place.uid != me and _serves(place, self.name):
+                raise AccessDenied(
+                    f"uid {user_name(place.uid)} serves the pipe {self.name}", hint="names are machine-wide: take another"
+                )
+        path = self.name.dotnet_path
+        if path and look_at(path).state in ("live", "denied"):
+            raise AccessDenied(
+                f"the pipe {self.name} is served by another program: {path}{_server_of(path)}",
+                hint="end it, or take another name",
+            )
+
+    def _leave(self) -> None:
+        """The last of this object's handles is gone."""
+        record = self.record
+        if record.closed:
+            return
+        try:
+            with record.gate():
+                if self.front is not None:
+                    self.front.withdraw()
+                for slot in list(record.slots):
+                    record.give_slot(slot)
+                if not record.alive():
+                    remove_stale(record)
+                    record.remove()
+        except OperationTimeout:  # the next one who meets it cleans up
+            if self.front is not None:
+                self.front.close()
+        record.close()
+
+    # -- instances -----------------------------------------------------------------------------------------------------
+
+    def _limit(self) -> int:
+        most = self.record.header.max_instances
+        return min(most, self.options.instances or most)
+
+    def _wanted(self) -> int:
+        """How many instances should listen: few of a small maximum, since other servers may want some."""
+        return max(1, min(self.options.backlog, self._limit()))
+
+    def top_up(self) -> None:
+        """Takes free slots until enough instances listen. Under the lock, or before anybody knows this object."""
+        with self.lock:
+            while not self.closed and len(self.listening) < self._wanted():
+                if len(self.listening) + len(self.used) >= self._limit():
+                    return
+                slot = self.record.take_slot()
+                if slot is None:
+                    return
+                self._listen(Instance(self.record, slot, self.who, self.options.security))
+
+    def _listen(self, instance: Instance) -> None:
+        try:
+            instance.listen()
+        except BaseException:
+            instance.release()
+            raise
+        assert instance.listener is not None
+        fd = instance.listener.fileno()
+        self._epoll.register(fd, select.EPOLLIN)
+        self._by_fd[fd] = instance
+        self.listening.append(instance)
+        self._watch_door()
+
+    def _take(self, instance: Instance) -> socket.socket | None:
+        """Stops it listening; its client, if one was faster."""
+        assert instance.listener is not None
+        fd = instance.listener.fileno()
+        self._epoll.unregister(fd)
+        del self._by_fd[fd]
+        self.listening.remove(instance)
+        return instance.take()
+
+    def release(self, instance: Instance) -> None:
+        """Its conversation is over: the slot is free, and perhaps listens again at once."""
+        with self.lock:
+            if self.record.closed:
+                return
+            self.used.discard(instance)
+            if not self.closed and len(self.listening) < self._wanted():
+                before = len(self.listening)
+                self._listen(instance)
+                if not before:
+                    self._settle()
+            else:
+                instance.release()
+            if self.closed and not self.used:
+                self._leave()
+
+    def listen_again(self, instance: Instance) -> None:
+        """ConnectNamedPipe on a disconnected instance."""
+        with self.lock:
+            self._require()
+            self.used.discard(instance)
+            self._listen(instance)
+            self._settle()
+
+    # -- clients -------------------------------------------------------------------------------------------------------
+
+    def fileno(self) -> int:
+        self._require()
+        return self._epoll.fileno()
+
+    def _require(self) -> None:
+        if self.closed:
+            raise ObjectClosed(f"the server of the pipe {self.name} is closed")
+
+    def wait(self, seconds: float | None) -> None:
+        """Until `accept` may have something; the loop around it looks at its own deadline."""
+        with self.lock:
+            self._require()
+            self._waiters += 1
+        try:
+            self._epoll.poll(-1 if seconds is None else seconds)
+        finally:
+            with self.lock:
+                self._waiters -= 1
+                if self.closed:
+                    self._close_bell()
+
+    def accept(self) -> tuple[Instance, socket.socket] | None:
+        """The next client, or None. Never waits."""
+        with self.lock:
+            self._require()
+            self._warn()
+            while not self._ready and (ready := self._clients()):
+                for instance in ready:
+                    self._take_client(instance)
+            if not self._ready:
+                return None
+            found = self._ready.popleft()
+            if not self._ready:
+                self._unring()
+            return found
+
+    def _clients(self) -> list[Instance]:
+        fds = {fd for fd, _ in self._epoll.poll(0)}
+        return [one for one in self.listening if one.listener is not None and one.listener.fileno() in fds]
+
+    def _take_client(self, instance: Instance) -> None:
+        sock = self._take(instance)
+        if sock is None or self._stranger(sock):
+            if sock is not None:
+                sock.close()
+            self._listen(instance)
+            return
+        self._connected(instance, sock)
+
+    def _stranger(self, sock: socket.socket) -> bool:
+        return self.options.security.is_owner_only and peer_of(sock).uid not in (os.geteuid(), 0)
+
+    def _connected(self, instance: Instance, sock: socket.socket) -> None:
+        instance.connect(sock)
+        self.used.add(instance)
+        with suppress(OSError):  # the client has gone already
+            if self.record.header.direction is Direction.INBOUND:
+                sock.shutdown(socket.SHUT_WR)
+            elif self.record.header.direction is Direction.OUTBOUND:
+                sock.shutdown(socket.SHUT_RD)
+        self._ready.append((instance, sock))
+        with within_limits("another instance"):
+            self.top_up()
+        if not self.listening:
+            self._settle()
+
+    def _ring(self) -> None:
+        os.eventfd_write(self._bell, 1)
+
+    def _unring(self) -> None:
+        with suppress(BlockingIOError):
+            os.eventfd_read(self._bell)
+
+    def wake(self) -> None:
+        """Makes `wait` return, in every thread; `unwake` ends that."""
+        with self.lock:
+            if not self.closed:
+                self._ring()
+
+    def unwake(self) -> None:
+        with self.lock:
+            if not self.closed and not self._ready:
+                self._unring()
+
+    # -- .NET's door ---------------------------------------------------------------------------------------------------
+
+    def _watch_door(self) -> None:
+        front = self.front
+        if front is not None and front.socket is not None and not self.record.header.message and not self._door_open:
+            self._door_open = True
+            reaper.watch(self._door, front.socket.fileno(), _ALWAYS, self._knock)
+
+    def _knock(self) -> float | None:
+        """In the reaper's thread: somebody who knows only .NET's path. One instance is taken from the others' door."""
+        with self.lock:
+            front = self.front
+            while not self.closed and self.listening and front is not None and front.socket is not None:
+                instance = self.listening[-1]
+                faster = self._take(instance)
+                if faster is not None:
+                    self._connected(instance, faster)
+                    self._ring()
+                    continue
+                try:
+                    fd, _ = front.socket._accept()  # type: ignore[attr-defined]
+                except OSError:
+                    self._listen(instance)
+                    return _ALWAYS
+                sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, fd)
+                if self._stranger(sock):
+                    sock.close()
+                    self._listen(instance)
+                    continue
+                self._connected(instance, sock)
+                self._ring()
+            self._door_open = False
+            return None
+
+    def _settle(self) -> None:
+        """.NET's path shows whether an instance listens."""
+        if self.front is None or not self.front.path or self.record.closed:
+            return
+        try:
+            with self.record.gate(patience=0.2):
+                self.front.settle(bool(self.listening))
+        except OperationTimeout:
+            return  # at the next look
+        self.taken = self.front.state in ("taken", "blocked")
+
+    def _look(self) -> float | None:
+        with self.lock:
+            if self.closed:
+                return None
+            if len(self.listening) < self._wanted():  # another server may have given a slot back
+                self.top_up()
+            self._settle()
+            return _LOOK
+
+    def _warn(self) -> None:
+        if self.taken and not self._warned:
+            self._warned = True
+            path = self.record.header.front
+            warnings.warn(
+                f"{path} is {'in the way' if self.front and self.front.state == 'blocked' else 'another server now'}"
+                f"{_server_of(path)}: .NET's clients do not reach the pipe {self.name}, portway's do",
+                PipeNameTaken, stacklevel=4,
+            )  # fmt: skip
+
+    # -- the end -------------------------------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Listens no longer. Conversations go on; with the last of them the name goes."""
+        with self.lock:
+            if self.closed:
+                return
+            self.closed = True
+            reaper.forget(self)
+            reaper.forget(self._door)
+            for instance in list(self.listening):
+                sock = self._take(instance)
+                if sock is not None:
+                    sock.close()
+                instance.release()
+            for instance, sock in self._ready:
+                sock.close()
+                self.used.discard(instance)
+                instance.release()
+            self._ready.clear()
+            if self._bell >= 0:
+                self._ring()  # who waits looks up
+                self._close_bell()
+            if not self.used:
+                self._leave()
+            else:
+                self._settle()
+        _live.discard(self)
+
+    def _close_bell(self) -> None:
+        """The last thread that waits does it: a set that loses its bell meanwhile would never wake."""
+        if not self._waiters and self._bell >= 0:
+            self._epoll.close()
+            os.close(self._bell)
+            self._bell = -1
+
+    def forget(self) -> None:
+        """In a fork child: the record has closed itself; the sockets go, nothing on disk changes."""
+        self.lock = threading.RLock()
+        if self.closed:
+            return
+        self.closed = True
+        for instance in self.listening:
+            if instance.listener is not None:
+                instance.listener.close()
+        for _, sock in self._ready:
+            sock.close()
+        self._waiters = 0
+        self._close_bell()
+        if self.front is not None:
+            self.front.forget()
+
+
+def _serves(place: Place, name: PipeName) -> bool:
+    """As far as we can see; another user's record may be closed to us, or nonsense."""
+    try:
+        record = find(place, name)
+    except (PortwayError, OSError):
+        return False
+    if record is None:
+        return False
+    with record:
+        return record.alive()
+
+
+def _server_of(path: str) -> str:
+    """" (pid 12, dotnet)", as far as /proc tells."""
+    import psutil
+
+    with suppress(Exception):
+        for one in psutil.net_connections("unix"):
+            if one.laddr == path and one.pid:
+                return f" (pid {one.pid}, {psutil.Process(one.pid).name()})"
+    return ""
+
+
+def _after_fork() -> None:
+    for serving in list(_live):
+        serving.forget()
+
+
+def _at_exit() -> None:
+    for serving in list(_live):
+        with suppress(Exception):
+            for instance in list(serving.used):
+                serving.used.discard(instance)
+                instance.release()
+            serving.close()
+
+
+os.register_at_fork(after_in_child=_after_fork)
+atexit.register(_at_exit)
