@@ -51,10 +51,6 @@ cdef class Word:
             PyErr_SetFromErrno(OSError)
         self.page, self.at, self.fd = <char *>page, at, fd
 
-    def value(self):
-        """What it says now, as `wait` takes it; 0 when the file was cut."""
-        return int.from_bytes(os.pread(self.fd, 4, self.at), "little")
-
     def wait(self, uint32_t value, double seconds):
         """Sleeps until somebody wakes, at most so long; at once when the word is not `value` any more. True: woken or
         changed, False: the time is over. Ctrl-C ends it."""

@@ -53,8 +53,8 @@ class Path:
 
     def __init__(self, state: str, identity: tuple[int, int] | None, uid: int) -> None:
         self.state = state
-        """``absent``, ``live`` (somebody has it bound), ``dead`` (a socket's file that nobody has), ``denied`` (somebody
-        else's: we may not ask), ``other`` (no socket)."""
+        """``absent``, ``live`` (somebody has it bound), ``dead`` (a socket's file that nobody has), ``denied``
+        (somebody else's: we may not ask), ``other`` (no socket)."""
         self.identity = identity
         """(device, inode) of the file."""
         self.uid = uid

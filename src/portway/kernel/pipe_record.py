@@ -81,6 +81,9 @@ class Record:
             self._word = _native.Word(self.fd, wire.WAKE_AT)
         return self._word
 
+    def wake_value(self) -> int:
+        return int.from_bytes(os.pread(self.fd, 4, wire.WAKE_AT), "little")
+
     def reach(self, name: str) -> str:
         return reach(self.folder, self.folder_fd, name)
 

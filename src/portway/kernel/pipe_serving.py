@@ -18,7 +18,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 
 from ..errors import AccessDenied, ObjectClosed, OperationTimeout, PipeBusy, PortwayError
-from ..wire.pipe import Direction, Flag, Header, LineState
+from ..wire.pipe import Direction, Flag, Header
 from . import reaper
 from .device import Device, Place
 from .netinfo import look_at
@@ -153,9 +153,8 @@ class Serving:
         me = os.geteuid()
         for place in device.places():
             if place.uid != me and _serves(place, self.name):
-                raise AccessDenied(
-                    f"uid {user_name(place.uid)} serves the pipe {self.name}", hint="names are machine-wide: take another"
-                )
+                other = user_name(place.uid)
+                raise AccessDenied(f"uid {other} serves the pipe {self.name}", hint="take another name")
         path = self.name.dotnet_path
         if path and look_at(path).state in ("live", "denied"):
             raise AccessDenied(

@@ -65,7 +65,7 @@ NAME_AT, MAX_NAME = 0x100, 1024
 FRONT_AT, MAX_FRONT = 0x500, 107
 MAX_PACKET = 65536
 _HEADER = struct.Struct("<8sIIIIIIIIQIIII")
-_LINE = struct.Struct("<IIQIIQIIQQQ32x32x")
+_LINE = struct.Struct("<IIQIIQI4xQQQ32x32x")
 _PACKET = struct.Struct("<Q")
 _LENGTH = (1 << 56) - 1
 assert _LINE.size == LINE_SIZE

@@ -1,0 +1,232 @@
+"""Finding a pipe by its name, and claiming one of its instances. One look at a time; `Search` never waits.
+
+The order: one's own pipe, root's, other users', then .NET's path (the exact case, else the only name that differs in
+case). The first that lives decides.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import time
+from contextlib import suppress
+from typing import NamedTuple
+
+from ..deadline import Deadline
+from ..errors import AccessDenied, AmbiguousName, BadPipe, ObjectCorrupt, PipeBusy, PipeError, PipeNotFound
+from ..wire.pipe import DISCONNECTED_AT, Header, Line, LineState, line_at
+from .device import Device
+from .netinfo import look_at, unix_queue
+from .pipe_name import DOTNET_PREFIX, PipeName, dotnet_folder, fold, parse_pipe_name
+from .pipe_record import Record, find
+from .process import peer_of, user_name, within_limits
+
+__all__ = ["Claim", "Search"]
+
+_SLICE = 0.1
+_FIRST_PAUSE, _LAST_PAUSE = 0.001, 0.025
+
+
+class Claim(NamedTuple):
+    """A connection that is this process's now. The caller closes the socket, and the record if there is one."""
+
+    sock: socket.socket
+    header: Header | None
+    """None: a .NET server's, a plain stream."""
+    record: Record | None
+    watch_at: int
+    generation: int
+
+
+class Search:
+    """Looks for one name. ``claim()`` or ``listens()`` once, and ``pause(deadline)`` between two looks."""
+
+    def __init__(self, name: str, access: int | None, server_uid: int | None, root: str | None) -> None:
+        self.name: PipeName = parse_pipe_name(name)
+        self.access, self.server_uid = access, server_uid
+        self.device = Device("pipe", root)
+        self._busy: Record | None = None
+        self._seen = 0
+        self._wait = _FIRST_PAUSE
+        self.default_wait_ms = 50
+
+    def __enter__(self) -> Search:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._forget()
+
+    def _forget(self) -> None:
+        busy, self._busy = self._busy, None
+        if busy is not None:
+            busy.close()
+
+    # -- one look ------------------------------------------------------------------------------------------------------
+
+    def claim(self) -> Claim:
+        """`PipeNotFound`, `PipeBusy`, `AccessDenied`, `AmbiguousName`, `ObjectCorrupt` as things are now."""
+        record = self._living()
+        if record is None:
+            return self._claim_dotnet()
+        try:
+            self._check_access(record.header)
+            for slot, line in self._listening(record):
+                sock = self._connect(record, slot, line)
+                if sock is not None:
+                    return Claim(sock, record.header, record, line_at(slot) + DISCONNECTED_AT, line.generation)
+            self._remember(record)
+            raise self._is_busy(record)
+        except BaseException:
+            if record is not self._busy:
+                record.close()
+            raise
+
+    def listens(self) -> None:
+        """WaitNamedPipe's question: returns when an instance could be claimed. Else as `claim`."""
+        record = self._living()
+        if record is None:
+            self._dotnet_path()
+            return
+        try:
+            self.default_wait_ms = record.header.default_wait_ms
+            held = record.held()
+            for slot, line in self._listening(record):
+                if slot in held and not unix_queue(line.inode):
+                    return
+            self._remember(record)
+            raise self._is_busy(record)
+        finally:
+            if record is not self._busy:
+                record.close()
+
+    def _living(self) -> Record | None:
+        """The first record of the name with a server; what is wrong with others is told only if there is none."""
+        self._forget()
+        wrong: Exception | None = None
+        for place in self.device.places(self.server_uid):
+            try:
+                record = find(place, self.name)
+            except (AccessDenied, ObjectCorrupt, OSError) as error:
+                if place.uid == os.geteuid() or isinstance(error, ObjectCorrupt):
+                    wrong = wrong or error
+                continue
+            if record is None:
+                continue
+            self._seen = record.wake_value()  # before looking, so that no news is missed
+            if record.alive():
+                return record
+            record.close()
+        if wrong is not None and not isinstance(wrong, PipeError):
+            raise wrong
+        return None
+
+    def _check_access(self, header: Header) -> None:
+        allowed = {1: 2, 2: 1, 3: 3}[header.direction]
+        if self.access is not None and self.access & ~allowed:
+            raise AccessDenied(
+                f"the pipe {self.name} is {header.direction.name.lower()} for its server: this end may only "
+                f"{'write' if allowed == 2 else 'read'}",
+                hint=f"open it with direction={'outbound' if allowed == 2 else 'inbound'!r}",
+            )
+
+    def _listening(self, record: Record) -> list[tuple[int, Line]]:
+        lines = [one for one in record.lines() if one[1].state is LineState.LISTENING]
+        return sorted(lines, key=lambda one: one[1].ticket)
+
+    def _connect(self, record: Record, slot: int, line: Line) -> socket.socket | None:
+        kind = socket.SOCK_SEQPACKET if record.header.message else socket.SOCK_STREAM
+        sock = _connected(kind, record.reach(f"{slot}.{line.generation}"), self.name)
+        if sock is not None and peer_of(sock).uid != record.place.uid:
+            uid = peer_of(sock).uid
+            sock.close()
+            raise AccessDenied(
+                f"the pipe {self.name} in {record.folder} is served by uid {user_name(uid)}, not by the folder's owner"
+            )
+        return sock
+
+    def _remember(self, record: Record) -> None:
+        self._busy = record
+
+    def _is_busy(self, record: Record) -> PipeBusy:
+        used = len(record.held())
+        return PipeBusy(
+            f"no instance of the pipe {self.name} listens: {used} of {record.header.max_instances} exist, all in use",
+            hint="give timeout= to wait for one",
+        )
+
+    # -- .NET's --------------------------------------------------------------------------------------------------------
+
+    def _claim_dotnet(self) -> Claim:
+        path = self._dotnet_path()
+        sock = _connected(socket.SOCK_STREAM, path, self.name)
+        if sock is None:
+            raise PipeNotFound(f"the pipe {self.name} has gone this moment: {path}")
+        uid = peer_of(sock).uid
+        if self.server_uid is not None and uid != self.server_uid:
+            sock.close()
+            raise AccessDenied(f"{path} is served by uid {user_name(uid)}, not {user_name(self.server_uid)}")
+        return Claim(sock, None, None, 0, 0)
+
+    def _dotnet_path(self) -> str:
+        exact = self.name.dotnet_path
+        if exact and look_at(exact).state in ("live", "denied"):
+            return exact
+        others = [] if self.name.rooted else _same_but_for_case(self.name)
+        if len(others) > 1:
+            raise AmbiguousName(
+                f"several pipes of .NET differ from {self.name} only in case: {', '.join(sorted(others))}",
+                hint="give the exact name",
+            )
+        if others:
+            return os.path.join(dotnet_folder(), others[0])
+        raise PipeNotFound(
+            f"no pipe named {self.name}: looked in {self.device.places_looked_at()}"
+            f"{f' and at {exact}' if exact else ''}",
+            hint="start its server first, or give appear=True to wait for it",
+        )
+
+    # -- between two looks ---------------------------------------------------------------------------------------------
+
+    def pause(self, deadline: Deadline) -> None:
+        """Until something may have changed: an instance listens anew, or, for a name that is not there, a moment."""
+        left = deadline.remaining()
+        if self._busy is not None:
+            self._busy.word.wait(self._seen, _SLICE if left is None else min(left, _SLICE))
+        else:
+            time.sleep(self.next_pause(left))
+
+    def next_pause(self, left: float | None) -> float:
+        """Seconds; growing. For those who wait another way (asyncio)."""
+        wait, self._wait = self._wait, min(self._wait * 1.5, _LAST_PAUSE)
+        wait *= 0.75 + (time.monotonic_ns() & 0xFF) / 512  # so that a crowd does not come at once
+        return wait if left is None else min(wait, left)
+
+
+def _connected(kind: int, path: str, name: PipeName) -> socket.socket | None:
+    """None: it does not listen, or has its client. Never waits."""
+    with within_limits(f"the pipe {name}"):
+        sock = socket.socket(socket.AF_UNIX, kind | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
+    wrong = sock.connect_ex(path)
+    if wrong == 0:
+        sock.setblocking(True)
+        return sock
+    sock.close()
+    if wrong in (errno.EAGAIN, errno.ECONNREFUSED, errno.ENOENT):
+        return None
+    if wrong in (errno.EACCES, errno.EPERM):
+        raise AccessDenied(f"the pipe {name} is not open to uid {user_name(os.geteuid())}: {path}")
+    if wrong == errno.EPROTOTYPE:
+        raise BadPipe(f"{path} is no byte pipe")
+    raise OSError(wrong, os.strerror(wrong), path)
+
+
+def _same_but_for_case(name: PipeName) -> list[str]:
+    folder, wanted = dotnet_folder(), fold(DOTNET_PREFIX + name.text)
+    found = []
+    with suppress(OSError):
+        for one in os.listdir(folder):
+            same = one.startswith(DOTNET_PREFIX) and fold(one) == wanted
+            if same and look_at(os.path.join(folder, one)).state in ("live", "denied"):
+                found.append(one)
+    return found
