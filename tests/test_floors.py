@@ -30,7 +30,7 @@ SOURCES = sorted(ROOT.rglob("*.py"))
 def floor(module: str) -> str:
     """Of ``portway.kernel.inbox``: kernel."""
     parts = module.split(".")[1:]
-    if not parts or parts[0] in ("aio", "__init__", "__main__"):
+    if not parts or parts[0] in ("aio", "__init__", "__main__", "win32pipe"):
         return "public"
     if parts[0] in GROUND:
         return "ground"

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from .kernel.handoff import duplicate_and_close, duplicate_socket, socket_from, wait_claimed
     from .kernel.inbox import HandoffInbox
     from .kernel.mutex import Mutex
+    from .kernel.pipe_client import NamedPipeClient, call_pipe, wait_pipe
+    from .kernel.pipe_list import list_pipes
+    from .kernel.pipe_server import NamedPipeConnection, NamedPipeServer
     from .kernel.section import FileMapping, View
     from .kernel.security import Security
     from .kernel.semaphore import Semaphore
@@ -28,10 +31,11 @@ if TYPE_CHECKING:
     from .wire.handoff import SocketInformation, SocketInformationOptions
 
 __all__ = [
-    "DotnetMutex", "Event", "FileMapping", "FramedSocket", "HandoffInbox", "HandoffSession", "Mutex", "PortwayError",
-    "Security", "Semaphore", "SharedSocket", "SocketInformation", "SocketInformationOptions", "View", "WaitableTimer",
-    "Waited", "__version__", "alert", "duplicate_and_close", "duplicate_socket", "generation", "signal_and_wait",
-    "socket_from", "wait_all", "wait_any", "wait_claimed",
+    "DotnetMutex", "Event", "FileMapping", "FramedSocket", "HandoffInbox", "HandoffSession", "Mutex", "NamedPipeClient",
+    "NamedPipeConnection", "NamedPipeServer", "PortwayError", "Security", "Semaphore", "SharedSocket",
+    "SocketInformation", "SocketInformationOptions", "View", "WaitableTimer", "Waited", "__version__", "alert",
+    "call_pipe", "duplicate_and_close", "duplicate_socket", "generation", "list_pipes", "signal_and_wait",
+    "socket_from", "wait_all", "wait_any", "wait_claimed", "wait_pipe",
 ]  # fmt: skip
 
 __version__ = "0.1.0"
@@ -44,6 +48,9 @@ _HOME = {
     "HandoffInbox": "kernel.inbox",
     "HandoffSession": "kernel.session",
     "Mutex": "kernel.mutex",
+    "NamedPipeClient": "kernel.pipe_client",
+    "NamedPipeConnection": "kernel.pipe_server",
+    "NamedPipeServer": "kernel.pipe_server",
     "PortwayError": "errors",
     "Security": "kernel.security",
     "Semaphore": "kernel.semaphore",
@@ -54,14 +61,17 @@ _HOME = {
     "WaitableTimer": "kernel.timer",
     "Waited": "kernel.wait",
     "alert": "kernel.alert",
+    "call_pipe": "kernel.pipe_client",
     "duplicate_and_close": "kernel.handoff",
     "duplicate_socket": "kernel.handoff",
     "generation": "supervise.hook",
+    "list_pipes": "kernel.pipe_list",
     "signal_and_wait": "kernel.wait",
     "socket_from": "kernel.handoff",
     "wait_all": "kernel.wait",
     "wait_any": "kernel.wait",
     "wait_claimed": "kernel.handoff",
+    "wait_pipe": "kernel.pipe_client",
 }
 
 

@@ -20,13 +20,14 @@ from .kernel.session import HandoffSession as _SyncSession
 from .wire.handoff import SocketInformation
 
 if TYPE_CHECKING:
+    from .kernel.pipe_aio_server import NamedPipeClient, NamedPipeServer, call_pipe, wait_pipe
     from .kernel.sync_aio import Event, Mutex, Semaphore, WaitableTimer, signal_and_wait, wait_all, wait_any
     from .supervise.hook_aio import AsyncGeneration, attach, detach, generation
 
 __all__ = [
-    "AsyncGeneration", "Event", "HandoffInbox", "HandoffSession", "Mutex", "Semaphore", "WaitableTimer", "attach",
-    "detach", "duplicate_and_close", "duplicate_socket", "generation", "signal_and_wait", "socket_from", "wait_all",
-    "wait_any", "wait_claimed",
+    "AsyncGeneration", "Event", "HandoffInbox", "HandoffSession", "Mutex", "NamedPipeClient", "NamedPipeServer",
+    "Semaphore", "WaitableTimer", "attach", "call_pipe", "detach", "duplicate_and_close", "duplicate_socket",
+    "generation", "signal_and_wait", "socket_from", "wait_all", "wait_any", "wait_claimed", "wait_pipe",
 ]  # fmt: skip
 
 
@@ -39,6 +40,10 @@ def __getattr__(name: str) -> object:
         from .kernel import sync_aio
 
         return getattr(sync_aio, name)
+    if name in ("NamedPipeClient", "NamedPipeServer", "call_pipe", "wait_pipe"):
+        from .kernel import pipe_aio_server
+
+        return getattr(pipe_aio_server, name)
     raise AttributeError(f"module 'portway.aio' has no attribute {name!r}")
 
 

@@ -71,6 +71,10 @@ class Instance:
         peer = peer_of(sock)
         self._note(LineState.CONNECTED, client_pid=peer.pid, client_uid=peer.uid)
 
+    def connected_none(self) -> None:
+        """It neither listens nor has a client."""
+        self._note(LineState.DISCONNECTED)
+
     def disconnect(self) -> None:
         """Tells the client that what it has not read is lost."""
         self.record.note_disconnected(self.slot, self.generation)

@@ -39,6 +39,11 @@ class NamedPipeConnection(PipeEnd):
             max_message=max_message, timeout=timeout, name=header.name,
         )  # fmt: skip
 
+    @property
+    def instance(self) -> Instance:
+        """The slot this conversation has."""
+        return self._instance
+
     def disconnect(self) -> None:
         """DisconnectNamedPipe: ends the conversation at once. What either side has not read is lost; the client's
         calls give `PipeNotConnected`. `flush` first to be sure that it has read all. Closes this end, too."""

@@ -240,6 +240,19 @@ class Serving:
             if self.closed and not self.used:
                 self._leave()
 
+    def stop_listening(self) -> Instance:
+        """DisconnectNamedPipe on an instance that nobody has opened: of a server object with one."""
+        with self.lock:
+            self._require()
+            instance = self.listening[0]
+            sock = self._take(instance)
+            if sock is not None:
+                sock.close()
+            instance.connected_none()
+            self.used.add(instance)
+            self._settle()
+            return instance
+
     def listen_again(self, instance: Instance) -> None:
         """ConnectNamedPipe on a disconnected instance."""
         with self.lock:
