@@ -58,7 +58,7 @@ ERROR_MORE_DATA, ERROR_PIPE_CONNECTED = 234, 535
 
 
 class PipeHandle:
-    """What CreateNamedPipe and CreateFile give. ``CloseHandle(handle)``, ``handle.Close()``, leaving ``with`` close it."""
+    """What CreateNamedPipe and CreateFile give. ``CloseHandle(handle)`` or leaving ``with`` closes it."""
 
     def __init__(self, name: str) -> None:
         self.name = name
