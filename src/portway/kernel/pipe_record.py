@@ -3,7 +3,8 @@
 ``record`` lies in the pipe's folder beside one socket for each listening instance. What is alive is told by the kernel:
 
 * byte 0 of the record, locked, is the gate: joining and leaving exclude each other;
-* byte ``16 + slot`` is held by whoever has that instance: the limit of instances holds by itself;
+* byte ``16 + slot`` is held by whoever has that instance: the limit of instances holds by itself. It is taken for
+  writing and kept for reading, so that two may hold it while an instance moves to another process;
 * a byte from 300 on is held by every server object, as long as it or one of its pipes is open: the name exists while
   any is held.
 
@@ -15,6 +16,7 @@ words that the kernel itself compares.
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import stat
 import threading
@@ -134,6 +136,7 @@ class Record:
             self._require()
             for slot in range(self.header.max_instances):
                 if slot not in self.slots and try_lock(self.fd, SLOTS + slot):
+                    try_lock(self.fd, SLOTS + slot, fcntl.F_RDLCK)
                     self.slots.add(slot)
                     line = self.line(slot)
                     if line.state:
@@ -146,6 +149,16 @@ class Record:
             if self.fd >= 0 and slot in self.slots:
                 self.slots.discard(slot)
                 unlock(self.fd, SLOTS + slot)
+
+    def share_slot(self, slot: int) -> int:
+        """Another descriptor that holds the slot by itself, for another process or for longer; the caller closes it."""
+        with self.lock:
+            self._require()
+            fd = os.open(f"/proc/self/fd/{self.fd}", os.O_RDWR | os.O_CLOEXEC)
+            if not try_lock(fd, SLOTS + slot, fcntl.F_RDLCK):
+                os.close(fd)
+                raise ObjectClosed(f"instance {slot} of the pipe {self.header.name!r} is not ours")
+            return fd
 
     def line(self, slot: int) -> Line:
         data = os.pread(self.fd, wire.LINE_SIZE, wire.line_at(slot)).ljust(wire.LINE_SIZE, b"\0")
@@ -181,22 +194,27 @@ class Record:
         self.write(slot, wire.FREE._replace(generation=line.generation))
 
     def sweep(self) -> None:
-        """Under the gate: frees the lines of dead servers, and removes sockets that no line names."""
+        """Under the gate: frees the lines of dead servers, and removes the sockets they left."""
         held = self.held()
-        lines = dict(self.lines())
-        for slot, line in lines.items():
-            if slot not in held:
-                self._clean(slot, line)
-        listening = {f"{slot}.{line.generation}" for slot, line in lines.items() if slot in held}
+        left = {slot for slot, _ in self.lines() if slot not in held}
+        files: dict[int, list[str]] = {}
         for name in os.listdir(self.folder_fd):
-            if name != "record" and name not in listening and name.partition(".")[0].isdigit():
-                self._remove_socket(name, held)
+            slot, dot, _ = name.partition(".")
+            if dot and slot.isdigit() and int(slot) not in held:
+                files.setdefault(int(slot), []).append(name)
+        for slot in left | set(files):
+            self._sweep_slot(slot, files.get(slot, []))
 
-    def _remove_socket(self, name: str, held: set[int]) -> None:
-        if int(name.partition(".")[0]) in held:  # its line may be written this moment
+    def _sweep_slot(self, slot: int, files: list[str]) -> None:
+        """Locked meanwhile: another server may take it any moment."""
+        if slot < self.header.max_instances and not try_lock(self.fd, SLOTS + slot):
             return
-        with suppress(OSError):
-            os.unlink(name, dir_fd=self.folder_fd)
+        for name in files:
+            with suppress(OSError):
+                os.unlink(name, dir_fd=self.folder_fd)
+        if slot < self.header.max_instances:
+            self._clean(slot, self.line(slot))
+            unlock(self.fd, SLOTS + slot)
 
     def remove(self) -> None:
         """Under the gate, when nobody is left: the files, the record and the folder, as far as they are ours."""
