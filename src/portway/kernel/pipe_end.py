@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 from collections.abc import Iterator
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self
@@ -57,6 +58,9 @@ class PipeEnd(Channel):
     """
 
     is_server = False
+    place: tuple[int, int, str] = 0, 0, ""
+    """Slot, generation and folder of its instance; no folder for a pipe of .NET's."""
+    borrowed: Any = None
 
     @property
     def mode(self) -> Literal["byte", "message"]:
@@ -91,6 +95,10 @@ class PipeEnd(Channel):
         from .pipe_identity import impersonate
 
         return impersonate(self.peer)
+
+    def leave(self) -> None:
+        """For the hand-off provider: closed here, and nothing else; the conversation goes on in another process."""
+        os.close(self.detach())
 
     def makefile(
         self, mode: str = "rb", buffering: int = -1, *, encoding: str | None = None, errors: str | None = None,

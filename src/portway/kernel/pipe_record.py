@@ -130,6 +130,11 @@ class Record:
                 return
         raise PipeBusy(f"{MAX_MEMBERS} server objects have the pipe {self.header.name!r}, more cannot")
 
+    def adopt(self, slot: int) -> None:
+        """This descriptor came with the lock of `slot`: the instance moved here."""
+        self.slots.add(slot)
+        _live.add(self)
+
     def take_slot(self) -> int | None:
         """A free instance, locked, cleaned of what a dead server left; None when all are taken."""
         with self.lock:
