@@ -46,14 +46,18 @@ cdef class Channel(Sender):
 
     def close(self):
         """Calls of other threads end with `ObjectClosed`. Closing twice is fine."""
+        self.end_here()
+
+    cdef int end_here(self) except -1:
         if self._closed:
-            return
+            return 0
         if self.owes_abandoned and self.pid == getpid():
             pw_send_abandoned(self._fd)
         self._closed = 1
         self.ring()
         if not self.pins:
             self.release_fd()
+        return 0
 
     def detach(self):
         """The descriptor, which is the caller's now; this end is closed, the connection is not."""
@@ -73,7 +77,7 @@ cdef class Channel(Sender):
         self.gone = 1
         self.drop_gathered()
         shutdown(self._fd, SHUT_RDWR)  # whoever has a duplicate
-        self.close()
+        self.end_here()
 
     def watch(self, int record_fd, long at, uint32_t generation):
         """Eight words at offset `at` of a pipe's record: if one is `generation`, the server has disconnected us."""

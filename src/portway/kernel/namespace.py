@@ -47,11 +47,11 @@ from .objectfile import (
     ObjectFile,
     claim_slot,
     full,
-    gate,
     pack_header,
     read_header,
     remove,
 )
+from .ofdlock import gate
 from .process import user_name
 
 __all__ = ["Entry", "Kind", "MAX_NAME", "Name", "Namespace", "ObjectFile", "check_folder", "default_root", "parse_name"]

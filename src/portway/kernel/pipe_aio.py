@@ -70,7 +70,8 @@ class AsyncPipeEnd:
             if size is not None and error is None and len(result.result()) > size:
                 self._returned.appendleft(result)
                 return self._part(size)
-            return result.result()
+            kept: bytes = result.result()
+            return kept
         seconds = self.timeout if timeout is Left else timeout
         if seconds == 0:
             raise OperationTimeout(f"nothing to receive from the pipe {self.sync.name}")

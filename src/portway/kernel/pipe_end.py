@@ -94,7 +94,8 @@ class PipeEnd(Channel):
         it is not. Source: ImpersonateNamedPipeClient, RevertToSelf."""
         from .pipe_identity import impersonate
 
-        return impersonate(self.peer)
+        context: AbstractContextManager[Identity] = impersonate(self.peer)
+        return context
 
     def leave(self) -> None:
         """For the hand-off provider: closed here, and nothing else; the conversation goes on in another process."""

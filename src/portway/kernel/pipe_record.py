@@ -24,7 +24,7 @@ import time
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import NamedTuple, Self
+from typing import TYPE_CHECKING, NamedTuple, Self
 
 from .._accel import wake as _native
 from ..errors import AccessDenied, ObjectClosed, ObjectCorrupt, PipeBusy
@@ -36,6 +36,9 @@ from .objectfile import full
 from .ofdlock import gate, locked_from, try_lock, unlock
 from .pipe_name import MAX_SOCKET_PATH, PipeName
 from .record import myself
+
+if TYPE_CHECKING:
+    from .._native.wake import Word
 
 __all__ = ["Record", "find", "reach"]
 
@@ -60,7 +63,7 @@ class Record:
         self.lock = threading.RLock()
         self.member = -1
         self.slots: set[int] = set()
-        self._word: _native.Word | None = None
+        self._word: Word | None = None
 
     def __enter__(self) -> Self:
         return self
@@ -77,7 +80,7 @@ class Record:
         return f"{self.folder}/record"
 
     @property
-    def word(self) -> _native.Word:
+    def word(self) -> Word:
         """The wake word, for those who wait for an instance."""
         if self._word is None:
             self._word = _native.Word(self.fd, wire.WAKE_AT)
@@ -204,9 +207,9 @@ class Record:
         left = {slot for slot, _ in self.lines() if slot not in held}
         files: dict[int, list[str]] = {}
         for name in os.listdir(self.folder_fd):
-            slot, dot, _ = name.partition(".")
-            if dot and slot.isdigit() and int(slot) not in held:
-                files.setdefault(int(slot), []).append(name)
+            number, dot, _ = name.partition(".")
+            if dot and number.isdigit() and int(number) not in held:
+                files.setdefault(int(number), []).append(name)
         for slot in left | set(files):
             self._sweep_slot(slot, files.get(slot, []))
 

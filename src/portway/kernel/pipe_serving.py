@@ -490,7 +490,7 @@ def _server_of(path: str) -> str:
 
     with suppress(Exception):
         for one in psutil.net_connections("unix"):
-            if one.laddr == path and one.pid:
+            if str(one.laddr) == path and one.pid:
                 return f" (pid {one.pid}, {psutil.Process(one.pid).name()})"
     return ""
 

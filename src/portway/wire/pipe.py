@@ -48,8 +48,8 @@ from ..errors import ObjectCorrupt
 
 __all__ = [
     "DISCONNECTED_AT", "HEADER_SIZE", "LINE_SIZE", "MAX_INSTANCES", "MAX_PACKET", "RECORD_SIZE", "WAKE_AT", "Direction",
-    "Flag", "Header", "Line", "LineState", "PacketKind", "line_at", "line_slot", "pack_header", "pack_line", "pack_packet_head",
-    "packets", "unpack_header", "unpack_lines", "unpack_packet_head",
+    "Flag", "Header", "Line", "LineState", "PacketKind", "line_at", "line_slot", "pack_header", "pack_line",
+    "pack_packet_head", "packets", "unpack_header", "unpack_lines", "unpack_packet_head",
 ]  # fmt: skip
 
 MAGIC = b"PWPIPE\0\0"
