@@ -45,7 +45,7 @@ from ..errors import (
     TooManyDescriptors,
     TooManyHolders,
 )
-from .ofdlock import gate, locked_from, try_lock, unlock
+from .ofdlock import all_locked, gate, locked_from, try_lock, unlock
 from .process import start_time
 
 if TYPE_CHECKING:
@@ -143,13 +143,12 @@ def held_by_others(fd: int) -> bool:
 
 def holders_of(fd: int) -> list[Holder]:
     """All live holders, seen through a descriptor that holds no slot itself; at most `MAX_HOLDERS`."""
-    found, at = [], FIRST
-    while at < FIRST + MAX_HOLDERS and (hit := locked_from(fd, at, FIRST + MAX_HOLDERS - at)) is not None:
-        slot = hit - FIRST
+    found = []
+    for at in all_locked(fd, FIRST, MAX_HOLDERS):
+        slot = at - FIRST
         data = os.pread(fd, _SLOT.size, SLOTS + slot * _SLOT.size).ljust(_SLOT.size, b"\0")
         pid, waiting, start = _SLOT.unpack(data)
         found.append(Holder(slot, pid, waiting, start))
-        at = hit + 1
     return found
 
 

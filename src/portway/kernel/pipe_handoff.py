@@ -1,8 +1,9 @@
 """An end of a pipe moves to another process like a socket, with the half-read message and its place in the pipe.
 
 The hand-off provider ``pipe``: ``portway.duplicate_and_close(pipe, pid, provider="pipe")`` there,
-``portway.socket_from(record)`` here gives the end. A server's end takes the lock of its instance along, so the limit of instances and the name hold on while
-it lives, whatever becomes of the server it came from. Nobody may be in a call of the end meanwhile.
+``portway.socket_from(record)`` here gives the end. A server's end takes the lock of its instance along, so the limit of
+instances and the name hold on while it lives, whatever becomes of the server it came from. Nobody may be in a call of
+the end meanwhile.
 
 Reserved bytes, little-endian: version (1), flags (1: message pipe, 2: reads messages, 4: server's end), access (1),
 slot (2), generation (4), max_message (8), timeout in seconds (8, double; negative: none), length of the channel's state

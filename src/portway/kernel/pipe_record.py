@@ -33,7 +33,7 @@ from ..wire.pipe import Header, Line
 from .device import Device, Place
 from .folders import make_folder
 from .objectfile import full
-from .ofdlock import gate, locked_from, try_lock, unlock
+from .ofdlock import all_locked, gate, locked_from, try_lock, unlock
 from .pipe_name import MAX_SOCKET_PATH, PipeName
 from .record import myself
 
@@ -105,11 +105,7 @@ class Record:
 
     def held(self) -> set[int]:
         """The slots that somebody has, ours included."""
-        found, at, end = set(self.slots), SLOTS, SLOTS + self.header.max_instances
-        while at < end and (hit := locked_from(self.fd, at, end - at)) is not None:
-            found.add(hit - SLOTS)
-            at = hit + 1
-        return found
+        return self.slots | {at - SLOTS for at in all_locked(self.fd, SLOTS, self.header.max_instances)}
 
     # -- the server's side ---------------------------------------------------------------------------------------------
 
