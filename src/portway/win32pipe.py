@@ -85,6 +85,10 @@ class PipeHandle:
         if self.end is not None:
             self.end.close()
 
+    def __del__(self) -> None:
+        if not getattr(self, "closed", True):
+            self.Close()
+
     def __enter__(self) -> Self:
         return self
 
