@@ -31,7 +31,7 @@ reached: set[str] = set()
 
 @pytest.fixture(scope="module")
 def crashing_build():
-    sources = [*NATIVE.glob("sync*.h"), *NATIVE.glob("sync*.pyx")]
+    sources = [path for ending in ("h", "pyx", "pxi") for path in NATIVE.glob(f"sync*.{ending}")]
     built = list(NATIVE.glob("sync_crash*.so"))
     if not built or built[0].stat().st_mtime < max(path.stat().st_mtime for path in sources):
         command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]

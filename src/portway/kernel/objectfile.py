@@ -21,7 +21,7 @@ Layout, little-endian. Page 0 is common to all kinds; everything in it was writt
 **Who holds it** is told by the kernel, not by the page: a process holds byte ``16 + slot`` by an open-file-description
 lock as long as it has a handle. Byte 0 is the gate, locked to join and to leave. No slot locked: every holder is gone,
 and whoever meets the file removes it. A process has one descriptor, one slot and one `ObjectFile` per object; its
-handles share them and count. A fork child gets a descriptor and a slot of its own (`_native/sync.pyx`).
+handles share them and count. A fork child gets a descriptor and a slot of its own (`_native/sync_fork.h`).
 """
 
 from __future__ import annotations
