@@ -9,9 +9,13 @@ what keeps two threads of one process out of one page's lock.
 import os
 from portway import errors
 
-from libc.errno cimport errno
+from cpython.exc cimport PyErr_CheckSignals, PyErr_Fetch, PyErr_Restore
+from cpython.ref cimport PyObject
+from libc.errno cimport EINTR, ENAMETOOLONG, errno
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
-from libc.string cimport memcpy, memset, strlen
+from libc.string cimport memcpy
+
+from portway._native cimport guard
 
 include "sync_c.pxi"
 
@@ -40,12 +44,50 @@ def pid_namespace():
 
 
 def allocate(int fd, long at, long size):
-    """posix_fallocate(3): space behind these bytes, or OSError."""
+    """posix_fallocate(3): space behind these bytes, or OSError. In pieces, as a signal makes tmpfs undo the one at hand."""
     cdef int wrong
-    with nogil:
-        wrong = posix_fallocate(fd, at, size)
-    if wrong:
-        raise OSError(wrong, "no space for the object")
+    cdef long piece, end = at + size
+    while True:
+        piece = min(end - at, 16 << 20)
+        with nogil:
+            wrong = posix_fallocate(fd, at, piece)
+        if wrong == EINTR:
+            PyErr_CheckSignals()
+        elif wrong:
+            raise OSError(wrong, "no space for the object")
+        else:
+            at += piece
+            if at >= end:
+                return
+
+
+cdef dict _late = {}  # address of a closed body in which calls go on: what is to be done after them
+
+
+cdef void finish_late() noexcept:
+    """A call has ended that was the last one in a closed body. An exception of the call itself may be set."""
+    cdef PyObject *kind
+    cdef PyObject *error
+    cdef PyObject *at
+    PyErr_Fetch(&kind, &error, &at)
+    try:
+        for address in list(_late):
+            if address in _late and pw_close(<pw_body *><size_t>address):  # `done` may let another thread do the same
+                done = _late.pop(address)
+                if done is not None:
+                    done()
+    finally:
+        PyErr_Restore(kind, error, at)
+
+
+def finish_closed():
+    """In a fork child: what only waits in threads of the parent kept."""
+    finish_late()
+
+
+cdef inline void end_use(pw_use *use) noexcept:
+    if pw_use_end(use):
+        finish_late()
 
 
 cdef class Body:
@@ -53,34 +95,40 @@ cdef class Body:
 
     cdef pw_body *b
 
-    def __init__(self, int fd, int slot, int kind, bint manual, uint64_t home, str local, str global_, int scope,
-                 bytes name):
-        cdef bytes folder
-        self.b = pw_map(fd, slot, kind, manual, home)
+    def __init__(self, int fd, int slot, int kind, bint manual, uint64_t home, str root, int scope, bytes name):
+        cdef bytes path = os.fsencode(root)
+        if len(path) >= PW_ROOT:
+            raise OSError(ENAMETOOLONG, os.strerror(ENAMETOOLONG))
+        guard.install()
+        self.b = pw_map(fd, slot, kind, manual, home, scope)
         if self.b == NULL:
             raise OSError(errno, os.strerror(errno))
-        for i, path in enumerate((local, global_)):
-            folder = os.fsencode(path)
-            if len(folder) < 256:
-                memcpy(self.b.folder[i], <char *>folder, len(folder))
-        self.b.scope = scope
+        memcpy(self.b.root, <char *>path, len(path))
         memcpy(self.b.hash, <char *>name, 16)
         pw_take_over_slot(self.b)
 
-    def close(self):
+    def close(self, done=None):
+        """True when it is closed. False while a call goes on in it: after that it is closed and `done` called."""
         cdef pw_body *b = self.b
         self.b = NULL
-        if b != NULL:
-            pw_close(b)
+        if b == NULL or pw_close(b):
+            return True
+        _late[<size_t>b] = done
+        return False
 
     def settle(self):
         """Finishes what a killed process left undone in the page."""
+        cdef pw_use use
         cdef int wrong
-        self.b.pins += 1
+        if self.b == NULL or not self.b.page.L:
+            return True
+        pw_use_begin(&use, &self.b, 1)
         wrong = pw_L_lock(self.b, pw_self(), pw_clock(0) + 1000000000)
         if wrong == PW_OK:
             pw_L_unlock(self.b)
-        pw_unpin(self.b)
+        end_use(&use)
+        if wrong == -1:
+            pw_failed()
         return wrong == PW_OK
 
 
@@ -127,9 +175,9 @@ def monotonic_ns():
     return pw_clock(0)
 
 
-def crash_at(bytes name, long skip=0):
-    """For tests, in the build with crash points: SIGKILL at that point, after `skip` passes."""
-    if not pw_arm(name, skip):
+def crash_at(bytes name, long skip=0, bytes stop=b""):
+    """For tests, in the build with crash points: SIGKILL at that point, after `skip` passes; SIGSTOP at another before."""
+    if not pw_arm(name, skip, stop):
         raise RuntimeError("this build has no crash points")
 
 
@@ -164,6 +212,7 @@ def _load():
         old = False
     if pw_load(wanted == "slices", old) != 0:
         raise ImportError("no thread key or no memory left in this process")
+    guard.hook(pw_heal)
 
 
 _load()

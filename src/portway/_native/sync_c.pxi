@@ -17,9 +17,11 @@ cdef extern from "sync_recover.h":
         pw_page *page
         uint64_t owner, owner_thread
         uint32_t count
-        int native, broken, fd, slot, kind, manual, scope, pins, closing
+        int native, broken, fd, slot, kind, manual, scope, closing
         uint8_t hash[16]
-        char folder[2][256]
+        char root[256]
+    ctypedef struct pw_use:
+        pw_use **at
     ctypedef struct pw_thread:
         uint64_t serial
     ctypedef struct pw_many:
@@ -31,7 +33,8 @@ cdef extern from "sync_recover.h":
         uint64_t owner, abandoned
     ctypedef struct pw_waiter:
         pass
-    int PW_OK, PW_ABANDONED, PW_TIMEOUT, PW_ALERTED, PW_NOT_OWNER, PW_TOO_MANY, PW_CORRUPT, PW_STUCK
+    int PW_OK, PW_ABANDONED, PW_TIMEOUT, PW_ALERTED, PW_NOT_OWNER, PW_TOO_MANY, PW_STUCK, PW_CLOSED, PW_DENIED
+    int PW_ROOT
     int PW_MUTEX, PW_TIMER
     int64_t PW_NEVER
     uint32_t PW_DIED, PW_TID
@@ -40,22 +43,25 @@ cdef extern from "sync_recover.h":
     uint64_t pw_serials
     int64_t pw_clock(int)
     pw_thread *pw_self()
-    pw_body *pw_map(int, int, int, int, uint64_t)
+    pw_body *pw_map(int, int, int, int, uint64_t, int)
     void pw_take_over_slot(pw_body *)
-    void pw_close(pw_body *)
-    void pw_unpin(pw_body *)
+    int pw_close(pw_body *)
+    void pw_use_begin(pw_use *, pw_body **, int)
+    int pw_use_end(pw_use *)
+    int pw_heal(void *) noexcept nogil
     uint32_t pw_waiters(pw_body *)
     int pw_mutex_fast(pw_body *)
     int pw_mutex_acquire(pw_body *, uint64_t, int64_t, uint32_t *)
     int pw_mutex_release(pw_body *, uint64_t)
     int pw_mutex_abandon(pw_body *)
+    void pw_mutex_give_back(pw_body *, int)
     int pw_wait(pw_body *, int64_t, uint32_t *)
     int pw_semaphore_release(pw_body *, uint64_t, uint64_t *)
     int pw_event_set(pw_body *, int *)
     int pw_event_reset(pw_body *, int *)
     int pw_event_pulse(pw_body *)
     int pw_timer_set(pw_body *, int64_t, int64_t, int, int, int *)
-    pw_cfg *pw_timer(pw_body *)
+    pw_cfg pw_timer_read(pw_body *)
     int64_t pw_timer_clock(pw_cfg *)
     int pw_L_lock(pw_body *, pw_thread *, int64_t)
     void pw_L_unlock(pw_body *)
@@ -73,19 +79,20 @@ cdef extern from "sync_recover.h":
 cdef extern from *:
     """
     static int pw_failed(void) { return -1; } /* the exception is set, by PyErr_CheckSignals */
-    static int pw_arm(const char *name, long skip) {
+    static int pw_arm(const char *name, long skip, const char *stop) {
     #ifdef PORTWAY_CRASH_POINTS
         free((char *)pw_crash_name);
         pw_crash_name = strdup(name);
         pw_crash_skip = skip;
+        pw_stop_name = *stop ? strdup(stop) : NULL;
         return 1;
     #else
-        (void)name, (void)skip;
+        (void)name, (void)skip, (void)stop;
         return 0;
     #endif
     }
     static int pw_robust(void) { return pw_self()->head != NULL; }
     """
     int pw_failed() except -1
-    int pw_arm(const char *, long)
+    int pw_arm(const char *, long, const char *)
     int pw_robust()

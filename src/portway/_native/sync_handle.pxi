@@ -26,15 +26,18 @@ cdef class Handle:
     cdef pw_body *look(self) except NULL:
         """For a read: what a killed process was about to do to the page is finished or undone first."""
         cdef pw_body *b = self.live()
+        cdef pw_use use
         cdef int wrong
         if b.page.L:
-            b.pins += 1
+            pw_use_begin(&use, &b, 1)
             wrong = pw_L_lock(b, pw_self(), pw_clock(0) + 100000000)
             if wrong == PW_OK:
                 pw_L_unlock(b)
-            pw_unpin(b)
+            end_use(&use)
             if wrong == -1:
                 pw_failed()
+            if wrong == PW_DENIED:
+                self.fail(wrong, 0, "looking at")
             self.live()
         return b
 
@@ -50,6 +53,14 @@ cdef class Handle:
             raise errors.NotOwner(f"{what} does not belong to this thread", hint="who acquires it releases it")
         if wrong == PW_TOO_MANY:
             raise errors.TooManyPosts(f"{what} was acquired 4,294,967,295 times without a release")
+        if wrong == PW_CLOSED:
+            raise errors.ObjectClosed(f"this {type(self).__name__} was closed while this thread was {doing} it")
+        if wrong == PW_DENIED:
+            raise errors.AccessDenied(
+                f"{doing} {what}: a process was killed in the middle of a wait_all, and the object that says whether it "
+                "had taken them may not be opened by this user",
+                hint="any use by a user who may open both finishes it, as does root's: portway sync ls",
+            )
         if wrong == PW_STUCK:
             raise errors.ObjectCorrupt(
                 f"{what}: its internal lock has been held for 10 s",

@@ -8,9 +8,10 @@ cdef class Waitable(Handle):
         cdef pw_body *b = self.live()
         cdef int64_t at = deadline(timeout)
         cdef AlertWord alert = alert_word() if alertable else None
-        b.pins += 1
+        cdef pw_use use
+        pw_use_begin(&use, &b, 1)
         cdef int wrong = pw_wait(b, at, NULL if alert is None else &alert.word)
-        pw_unpin(b)
+        end_use(&use)
         if wrong != PW_OK:
             self.fail(wrong, timeout, "waiting for")
         return True
@@ -24,9 +25,10 @@ cdef class Semaphore(Waitable):
         if count != int(count) or count <= 0:
             raise ValueError(f"count={count!r}: give a number above 0")
         n = min(count, 2**63 - 1)
-        b.pins += 1
+        cdef pw_use use
+        pw_use_begin(&use, &b, 1)
         cdef int wrong = pw_semaphore_release(b, n, &previous)
-        pw_unpin(b)
+        end_use(&use)
         if wrong == PW_TOO_MANY:
             raise errors.TooManyPosts(
                 f"{self!r}: {count} more than {previous} are above the maximum of {self.maximum}; nothing changed"
@@ -49,26 +51,29 @@ cdef class Event(Waitable):
     def set(self):
         cdef int previous = 0
         cdef pw_body *b = self.live()
-        b.pins += 1
+        cdef pw_use use
+        pw_use_begin(&use, &b, 1)
         cdef int wrong = pw_event_set(b, &previous)
-        pw_unpin(b)
+        end_use(&use)
         if wrong != PW_OK:
             self.fail(wrong, None, "setting")
 
     def reset(self):
         cdef int previous = 0
         cdef pw_body *b = self.live()
-        b.pins += 1
+        cdef pw_use use
+        pw_use_begin(&use, &b, 1)
         cdef int wrong = pw_event_reset(b, &previous)
-        pw_unpin(b)
+        end_use(&use)
         if wrong != PW_OK:
             self.fail(wrong, None, "resetting")
 
     def pulse(self):
         cdef pw_body *b = self.live()
-        b.pins += 1
+        cdef pw_use use
+        pw_use_begin(&use, &b, 1)
         cdef int wrong = pw_event_pulse(b)
-        pw_unpin(b)
+        end_use(&use)
         if wrong != PW_OK:
             self.fail(wrong, None, "pulsing")
 
@@ -85,16 +90,17 @@ cdef class Timer(Waitable):
     def _set(self, int64_t due, int64_t period, bint realtime, bint cancel):
         cdef int was_set = 0
         cdef pw_body *b = self.live()
-        b.pins += 1
+        cdef pw_use use
+        pw_use_begin(&use, &b, 1)
         cdef int wrong = pw_timer_set(b, due, period, realtime, cancel, &was_set)
-        pw_unpin(b)
+        end_use(&use)
         if wrong != PW_OK:
             self.fail(wrong, None, "setting")
 
     def is_set(self):
         """Signalled, as it was a moment ago."""
-        cdef pw_cfg *cfg = pw_timer(self.look())
-        return cfg.due <= pw_timer_clock(cfg)
+        cdef pw_cfg cfg = pw_timer_read(self.look())
+        return cfg.due <= pw_timer_clock(&cfg)
 
     @property
     def manual_reset(self):
@@ -103,12 +109,11 @@ cdef class Timer(Waitable):
     @property
     def due(self):
         """Seconds until it is signalled next; 0 when it is, None when it is not set."""
-        cdef pw_cfg *cfg = pw_timer(self.look())
-        cdef int64_t due = cfg.due
-        if due == PW_NEVER:
+        cdef pw_cfg cfg = pw_timer_read(self.look())
+        if cfg.due == PW_NEVER:
             return None
-        return max(0, due - pw_timer_clock(cfg)) / 1e9
+        return max(0, cfg.due - pw_timer_clock(&cfg)) / 1e9
 
     @property
     def period(self):
-        return pw_timer(self.look()).period / 1e9
+        return pw_timer_read(self.look()).period / 1e9

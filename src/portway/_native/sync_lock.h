@@ -8,6 +8,7 @@
 
 #define PW_L_SLEEP (10 * PW_MS)
 #define PW_L_PATIENCE 10 /* seconds */
+#define PW_L_GRACE (1000 * PW_MS)
 
 static int pw_recover(pw_body *b);
 
@@ -53,9 +54,20 @@ static void pw_L_unlock_as(pw_body *b, uint32_t free) {
 
 static void pw_L_unlock(pw_body *b) { pw_L_unlock_as(b, 0); }
 
-/* PW_OK, PW_TIMEOUT, PW_CORRUPT, PW_STUCK, or -1 with an exception set. `at`: monotonic, PW_NEVER without limit. */
+/* 1: end this, an exception is set. While recovering another lock is held, which a handler written in Python may want:
+ * then handlers run after that was unlocked. */
+static int pw_L_sleep(pw_body *b, pw_thread *me, uint32_t expected, int64_t until) {
+    int got;
+    Py_BEGIN_ALLOW_THREADS
+    got = pw_futex_wait(&b->page->L, expected, until);
+    Py_END_ALLOW_THREADS
+    return me->recovering ? got == EINTR : pw_signals(me);
+}
+
+/* PW_OK, PW_TIMEOUT, PW_CORRUPT, PW_STUCK, PW_DENIED, or -1 with an exception set. `at`: monotonic, or PW_NEVER. */
 static int pw_L_lock_slow(pw_body *b, pw_thread *me, int64_t at) {
     int64_t patience = pw_clock(0) + PW_L_PATIENCE * 1000 * PW_MS;
+    int64_t denied = 0;
     int spins = 0;
     for (;;) {
         uint32_t seen = PW_LOAD(b->page->L);
@@ -66,8 +78,17 @@ static int pw_L_lock_slow(pw_body *b, pw_thread *me, int64_t at) {
                 int wrong;
                 if (!(seen & PW_DIED)) return PW_OK;
                 wrong = pw_recover(b);
-                if (wrong) pw_L_unlock_as(b, PW_DIED); /* the next one tries again */
-                return wrong;
+                if (!wrong) return PW_OK;
+                pw_L_unlock_as(b, PW_DIED); /* the next one tries again */
+                if (wrong == PW_SIGNALLED && !me->recovering) {
+                    if (pw_signals(me)) return -1;
+                    continue;
+                }
+                if (wrong != PW_DENIED) return wrong;
+                now = pw_clock(0); /* somebody who may is perhaps about to */
+                if (!denied) denied = now + PW_L_GRACE;
+                if (me->recovering || now >= denied || now >= at) return PW_DENIED;
+                if (pw_L_sleep(b, me, PW_DIED, pw_sooner(at, now + PW_L_SLEEP))) return -1;
             }
             continue;
         }
@@ -83,11 +104,9 @@ static int pw_L_lock_slow(pw_body *b, pw_thread *me, int64_t at) {
         if (now >= at) return PW_TIMEOUT;
         if (now >= patience) return PW_STUCK;
         if (b->l_busy || (seen & PW_W) || pw_cas(&b->page->L, seen, seen | PW_W)) {
-            int64_t until = pw_sooner(at, now + (b->l_busy ? PW_MS : PW_L_SLEEP));
-            Py_BEGIN_ALLOW_THREADS
-            pw_futex_wait(&b->page->L, b->l_busy ? PW_LOAD(b->page->L) : seen | PW_W, until);
-            Py_END_ALLOW_THREADS
-            if (pw_signals(me)) return -1;
+            uint32_t expected = b->l_busy ? PW_LOAD(b->page->L) : seen | PW_W;
+            if (pw_L_sleep(b, me, expected, pw_sooner(at, now + (b->l_busy ? PW_MS : PW_L_SLEEP))))
+                return me->recovering ? PW_SIGNALLED : -1;
         }
     }
 }
@@ -95,6 +114,17 @@ static int pw_L_lock_slow(pw_body *b, pw_thread *me, int64_t at) {
 static inline int pw_L_lock(pw_body *b, pw_thread *me, int64_t at) {
     if (__builtin_expect(!b->l_busy, 1) && pw_L_try(b, me, 0)) return PW_OK;
     return pw_L_lock_slow(b, me, at);
+}
+
+/* Without sleeping: 0 when somebody holds it or died with it. */
+static inline int pw_L_brief(pw_body *b, pw_thread *me) {
+    int spins;
+    for (spins = 0; spins < 40; spins++) {
+        if (b->l_busy) return 0;
+        if (pw_L_try(b, me, 0)) return 1;
+        PW_PAUSE();
+    }
+    return 0;
 }
 
 /* ---- who waits, for `ls` and pulse ---- */

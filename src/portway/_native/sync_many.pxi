@@ -4,6 +4,7 @@ cdef class Many:
     """One wait for several objects, to be tried again and again: what `wait_any`, `wait_all` and asyncio share."""
 
     cdef pw_many many
+    cdef pw_use use
     cdef tuple handles
     cdef bint begun, counted
 
@@ -16,8 +17,8 @@ cdef class Many:
             one.live()
         for i, one in enumerate(self.handles):
             self.many.bodies[i] = one.b
-            one.b.pins += 1
-            self.many.count = i + 1
+        self.many.count = len(self.handles)
+        pw_use_begin(&self.use, self.many.bodies, self.many.count)
         self.many.all, self.many.owner = all, owner or pw_self().serial
         pw_many_sort(&self.many)
         if all and self.many.distinct != self.many.count:
@@ -25,8 +26,7 @@ cdef class Many:
 
     def __dealloc__(self):
         self.leave()
-        for i in range(self.many.count):
-            pw_unpin(self.many.bodies[i])
+        end_use(&self.use)
 
     def wait(self, timeout, bint alertable):
         """(index, abandoned bits). OperationTimeout, WaitInterrupted, ObjectCorrupt."""
@@ -55,14 +55,17 @@ cdef class Many:
     def worth_looking(self):
         """Whether time or a death may have signalled something: neither rings a bell."""
         cdef pw_body *b
+        cdef pw_cfg cfg
         cdef uint32_t S
         for i in range(self.many.distinct):
             b = self.many.sorted[i]
             S = b.page.S
             if b.kind == PW_MUTEX and (not S & PW_TID or pw_slot_dead(b, S)):
                 return True
-            if b.kind == PW_TIMER and pw_timer(b).due <= pw_timer_clock(pw_timer(b)):
-                return True
+            if b.kind == PW_TIMER:
+                cfg = pw_timer_read(b)
+                if cfg.due <= pw_timer_clock(&cfg):
+                    return True
         return False
 
     def enter(self):

@@ -2,7 +2,7 @@
  *
  * wait-all changes several pages as one step: each gets a redo record, the lowest one (the coordinator) the list of all;
  * then one store there, `decided`, makes it so. Who finds L marked by its owner's death resolves the record: see
- * sync_recover.h. Locks are taken in (device, inode) order, always. */
+ * sync_recover.h. Locks are taken in one order, always, see pw_below. */
 #ifndef PORTWAY_SYNC_MULTI_H
 #define PORTWAY_SYNC_MULTI_H
 #include "sync_mutex.h"
@@ -22,7 +22,13 @@ typedef struct {
 
 static uint64_t pw_txn;
 
-static int pw_below(pw_body *a, pw_body *b) { return a->dev != b->dev ? a->dev < b->dev : a->ino < b->ino; }
+/* The order of locking. The coordinator is the lowest, and whoever repairs must read it: so Global objects that everyone
+ * may open come first, Local ones last. (`rank` is made of the file's mode; one that was changed meanwhile costs order,
+ * no deadlock: nobody sleeps while it holds another lock.) */
+static int pw_below(pw_body *a, pw_body *b) {
+    if (a->rank != b->rank) return a->rank < b->rank;
+    return a->dev != b->dev ? a->dev < b->dev : a->ino < b->ino;
+}
 
 static void pw_many_sort(pw_many *many) {
     int i, at;
@@ -50,12 +56,19 @@ static void pw_unlock_many(pw_many *many, int count) {
 static int pw_lock_many(pw_many *many, pw_thread *me, int64_t at) {
     int i, wrong;
     for (i = 0; i < many->distinct; i++) {
-        wrong = many->sorted[i]->kind == PW_MUTEX ? pw_L_lock(many->sorted[i], me, at) : pw_begin(many->sorted[i], me, at);
-        if (wrong) {
-            pw_unlock_many(many, i);
-            return wrong;
-        }
+        pw_body *b = many->sorted[i];
+        if (pw_L_brief(b, me)) continue;
+        pw_unlock_many(many, i); /* nobody waits for those because of this one, no handler finds them locked */
+        wrong = pw_L_lock(b, me, at);
+        if (wrong) return wrong;
+        pw_L_unlock(b);
+        i = -1;
     }
+    for (i = 0; i < many->distinct; i++)
+        if (many->sorted[i]->kind != PW_MUTEX && !pw_sane(many->sorted[i])) {
+            pw_unlock_many(many, many->distinct);
+            return PW_CORRUPT;
+        }
     return PW_OK;
 }
 
@@ -110,9 +123,10 @@ static int pw_take_any(pw_many *many, pw_thread *me) {
     return 0;
 }
 
-static void pw_note_redo(pw_body *b, pw_thread *me, pw_body *coordinator, uint64_t after, uint64_t txn) {
+static void pw_note_redo(pw_body *b, pw_thread *me, pw_body *coordinator, int index, uint64_t after, uint64_t txn) {
     pw_page *page = b->page;
-    page->redo_value = after;
+    page->redo_index = (uint32_t)index;
+    page->redo_value = b->kind == PW_MUTEX ? PW_LOAD(page->phase) : after;
     page->redo_old = PW_LOAD(page->S);
     page->redo_owner = pw_mine(b, me);
     memcpy(page->redo_coordinator, coordinator->hash, 16);
@@ -130,6 +144,7 @@ static void pw_list_participants(pw_body *coordinator, pw_body **changed, int co
         scopes |= (uint64_t)(changed[i]->scope != 0) << i;
     }
     coordinator->page->scopes = scopes;
+    coordinator->page->uid = (uint32_t)geteuid();
     coordinator->page->participants = (uint32_t)count;
     PW_CRASH("all.listed");
 }
@@ -137,10 +152,7 @@ static void pw_list_participants(pw_body *coordinator, pw_body **changed, int co
 static void pw_undo(pw_body **changed, int count, pw_thread *me, uint64_t owner, const int *taken) {
     int i;
     for (i = 0; i < count; i++)
-        if (taken[i] && pw_owned(changed[i], me, owner)) {
-            pw_mutex_free(changed[i], me, changed[i]->page->redo_old & PW_DIED);
-            PW_CRASH("all.undone");
-        }
+        if (taken[i] && pw_owned(changed[i], me, owner)) pw_mutex_undo(changed[i], me);
     for (i = count - 1; i >= 0; i--) PW_STORE(changed[i]->page->redo_txn, 0);
 }
 
@@ -151,7 +163,7 @@ static int pw_commit(pw_body **changed, uint64_t *after, int count, pw_thread *m
     int taken[PW_MAX] = {0}, i, ignored;
     if (count == 1) return pw_take_one(first, me, owner, after[0], &abandoned[0]);
     pw_list_participants(first, changed, count);
-    for (i = 0; i < count; i++) pw_note_redo(changed[i], me, first, after[i], txn);
+    for (i = 0; i < count; i++) pw_note_redo(changed[i], me, first, i, after[i], txn);
     for (i = 0; i < count; i++) {
         if (changed[i]->kind != PW_MUTEX) continue;
         taken[i] = pw_take_one(changed[i], me, owner, 0, &abandoned[i]);

@@ -15,38 +15,47 @@ static void pw_own(pw_body *b, pw_thread *me, uint64_t owner) {
         PW_CRASH("mutex.linked");
         pw_pending(me, NULL);
     } else {
+        pthread_mutex_lock(&pw_held_lock);
         b->held = me->held;
+        b->held_by = me;
         me->held = b;
+        pthread_mutex_unlock(&pw_held_lock);
     }
 }
 
-static void pw_disown(pw_body *b, pw_thread *me) {
+static void pw_disown(pw_body *b) {
     pw_body **at;
     b->owner = b->owner_thread = 0;
     b->count = 0;
-    if (b->native)
+    if (b->native) {
         pw_unlink(&b->nodes->s);
-    else
-        for (at = &me->held; *at; at = &(*at)->held)
-            if (*at == b) {
-                *at = b->held;
-                break;
-            }
+        return;
+    }
+    pthread_mutex_lock(&pw_held_lock);
+    for (at = b->held_by ? &b->held_by->held : NULL; at && *at; at = &(*at)->held)
+        if (*at == b) {
+            *at = b->held;
+            break;
+        }
+    b->held_by = NULL;
+    pthread_mutex_unlock(&pw_held_lock);
 }
 
-/* Multi-object waits look at a mutex again every 20 ms: its release does not hold L, and death rings no bell. */
-static void pw_mutex_ring(pw_body *b) {
-    if (__builtin_expect(PW_LOAD(b->page->multi) != 0, 0)) {
-        __atomic_fetch_add(&b->page->bell, 1, __ATOMIC_SEQ_CST);
-        pw_futex_wake(&b->page->bell, INT_MAX);
-    }
+/* Multi-object waits look at a mutex again every 20 ms: its release does not hold L, and death rings no bell. A bell that
+ * nobody heard is taken down under L, where those who listen hang it up, or every later release would ring it. */
+static void pw_mutex_ring(pw_body *b, pw_thread *me) {
+    if (__builtin_expect(PW_LOAD(b->page->multi) == 0, 1)) return;
+    __atomic_fetch_add(&b->page->bell, 1, __ATOMIC_SEQ_CST);
+    if (pw_futex_wake(&b->page->bell, INT_MAX) > 0 || b->l_busy || !pw_L_try(b, me, 0)) return;
+    pw_ring(b);
+    pw_L_unlock(b);
 }
 
 /* S: owner -> free (or -> DIED when `died`), and the wake. */
 static int pw_mutex_free(pw_body *b, pw_thread *me, uint32_t free) {
     uint32_t mine = pw_mine(b, me), S;
     if (b->native) pw_pending(me, &b->nodes->s);
-    pw_disown(b, me);
+    pw_disown(b);
     PW_CRASH("mutex.unlinked");
     if (!pw_cas(&b->page->S, mine, free)) {
         S = PW_LOAD(b->page->S);
@@ -59,9 +68,34 @@ static int pw_mutex_free(pw_body *b, pw_thread *me, uint32_t free) {
         if (pw_futex_wake(&b->page->S, 1) == 0) pw_cas(&b->page->S, PW_W | free, free);
         PW_CRASH("mutex.woken");
     }
-    pw_mutex_ring(b);
+    pw_mutex_ring(b, me);
     if (b->native) pw_pending(me, NULL);
     return b->broken ? PW_CORRUPT : PW_OK;
+}
+
+/* S: `owner` (or dead) -> `free`, and the phase one on, as one step. So a recoverer tells a mutex that was given back
+ * before from one that it must give back; whoever has owned it since is none of its business. 0: it was. */
+static int pw_mutex_restore(pw_page *page, uint32_t owner, uint32_t free, uint32_t phase) {
+    uint64_t seen = PW_LOAD(page->S_phase), next;
+    uint32_t S;
+    do {
+        S = (uint32_t)seen; /* little-endian */
+        if ((uint32_t)(seen >> 32) != phase || !(S & PW_TID ? (S & PW_TID) == owner : S & PW_DIED)) return 0;
+        next = (uint64_t)(phase + 1) << 32 | (S & PW_W) | free;
+    } while (!__atomic_compare_exchange_n(&page->S_phase, &seen, next, 0, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST));
+    if (S & PW_W) pw_futex_wake(&page->S, 1);
+    return 1;
+}
+
+/* Taken in the middle of a transaction that will not be: as if it had never been. */
+static void pw_mutex_undo(pw_body *b, pw_thread *me) {
+    if (b->native) pw_pending(me, &b->nodes->s);
+    pw_disown(b);
+    PW_CRASH("all.undoing");
+    pw_mutex_restore(b->page, pw_mine(b, me), b->page->redo_old & PW_DIED, (uint32_t)b->page->redo_value);
+    PW_CRASH("all.undone");
+    pw_mutex_ring(b, me);
+    if (b->native) pw_pending(me, NULL);
 }
 
 static inline int pw_mutex_release(pw_body *b, uint64_t owner) {
@@ -80,6 +114,11 @@ static int pw_mutex_abandon(pw_body *b) {
     pw_thread *me = pw_self();
     if (b->owner == 0 || b->owner_thread != me->serial) return PW_NOT_OWNER;
     return pw_mutex_free(b, me, PW_DIED);
+}
+
+/* The last handle was closed while this waited: nobody could release it. */
+static void pw_mutex_give_back(pw_body *b, int got) {
+    pw_mutex_free(b, pw_self(), got == PW_ABANDONED ? PW_DIED : 0);
 }
 
 /* S is free as seen; takes it. */
@@ -102,6 +141,13 @@ static int pw_mutex_look(pw_body *b, pw_thread *me, uint64_t owner, int64_t at) 
     else if (b->native) pw_pending(me, NULL);
     pw_L_unlock(b);
     return wrong;
+}
+
+/* One who slept goes without it: perhaps it was the one woken, or its W was the last. */
+static void pw_mutex_leave(pw_body *b) {
+    uint32_t S = PW_LOAD(b->page->S);
+    while (S & PW_TID && !(S & PW_W) && !pw_cas(&b->page->S, S, S | PW_W)) S = PW_LOAD(b->page->S);
+    if (!(S & PW_TID)) pw_futex_wake(&b->page->S, 1);
 }
 
 static int pw_mutex_slow(pw_body *b, pw_thread *me, uint64_t owner, int64_t at, uint32_t *alert) {
@@ -151,11 +197,12 @@ static int pw_mutex_slow(pw_body *b, pw_thread *me, uint64_t owner, int64_t at, 
         got = pw_sleep_on(me, &b->page->S, S | PW_W, pw_sooner(at, until), alert);
         PW_CRASH("mutex.awake");
         if (got == EFAULT) b->broken = 1;
-        if ((got == EINTR || (me->main && got == ETIMEDOUT)) && pw_signals(me)) {
+        if ((got == EINTR || me->main) && pw_signals(me)) {
             wrong = -1;
             break;
         }
     }
+    if (slept && wrong != PW_OK && wrong != PW_ABANDONED) pw_mutex_leave(b);
     if (b->native) pw_pending(me, NULL);
     if (slept) pw_waiting(b, -1);
     return wrong;

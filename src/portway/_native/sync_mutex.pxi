@@ -102,12 +102,18 @@ cdef class Mutex(Handle):
         cdef pw_body *b = self.live()
         cdef int64_t at = deadline(timeout)
         cdef AlertWord alert = alert_word() if alertable else None
-        b.pins += 1
+        cdef pw_use use
+        cdef bint first
+        pw_use_begin(&use, &b, 1)
         cdef int wrong = pw_mutex_acquire(b, 0, at, NULL if alert is None else &alert.word)
-        pw_unpin(b)
+        if b.closing and (wrong == PW_OK or wrong == PW_ABANDONED):
+            pw_mutex_give_back(b, wrong)
+            wrong = PW_CLOSED
+        first = b.count == 1
+        end_use(&use)
         if wrong > PW_ABANDONED or wrong < 0:
             self.fail(wrong, timeout, "acquiring")
-        if b.count == 1:
+        if first:
             self.abandoned = wrong == PW_ABANDONED
         return True
 

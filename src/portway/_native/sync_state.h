@@ -28,6 +28,12 @@ static int64_t pw_timer_clock(pw_cfg *cfg) { return pw_clock(cfg->realtime != 0)
 
 static pw_cfg *pw_timer(pw_body *b) { return &b->page->timer[PW_LOAD(b->page->timer_now) & 1]; }
 
+/* A copy, each field read once: others may write there at any moment. */
+static pw_cfg pw_timer_read(pw_body *b) {
+    pw_cfg *at = pw_timer(b);
+    return (pw_cfg){PW_LOAD(at->due), PW_LOAD(at->period), PW_LOAD(at->realtime), 0};
+}
+
 static int64_t pw_timer_next(int64_t due, int64_t period, int64_t now) {
     if (period <= 0) return PW_NEVER;
     if (due > now || due < 0) return now + period; /* no due of ours: scribbled */
@@ -47,7 +53,7 @@ static int pw_signalled(pw_body *b, uint32_t epoch, uint64_t *after) {
         return (value & 1) || pulsed;
     }
     {
-        pw_cfg cfg = *pw_timer(b);
+        pw_cfg cfg = pw_timer_read(b);
         int64_t now = pw_timer_clock(&cfg);
         *after = (uint64_t)(b->manual ? cfg.due : pw_timer_next(cfg.due, cfg.period, now));
         return cfg.due <= now;
@@ -64,7 +70,7 @@ static int64_t pw_look_at(pw_body *b) {
     pw_cfg cfg;
     int64_t now, left;
     if (b->kind != PW_TIMER) return PW_NEVER;
-    cfg = *pw_timer(b);
+    cfg = pw_timer_read(b);
     if (cfg.due == PW_NEVER) return PW_NEVER;
     if (!cfg.realtime) return cfg.due < 0 ? 0 : cfg.due;
     now = pw_clock(0);
@@ -77,7 +83,7 @@ static int pw_sane(pw_body *b) {
     if (b->broken) return 0;
     if (b->kind == PW_SEMAPHORE) return b->page->maximum - 1 < INT64_MAX && PW_LOAD(b->page->value) <= b->page->maximum;
     if (b->kind == PW_TIMER) {
-        pw_cfg cfg = *pw_timer(b);
+        pw_cfg cfg = pw_timer_read(b);
         return cfg.due >= 0 && cfg.period >= 0 && cfg.period < PW_NEVER / 4;
     }
     return 1;
@@ -158,27 +164,34 @@ static int pw_event_set(pw_body *b, int *previous) {
     return b->broken ? PW_CORRUPT : PW_OK;
 }
 
-static int pw_event_reset(pw_body *b, int *previous) {
-    int wrong = pw_begin(b, pw_self(), PW_NEVER);
-    if (wrong) return wrong;
-    *previous = (int)(PW_LOAD(b->page->value) & 1);
-    PW_STORE(b->page->value, PW_LOAD(b->page->value) & ~1ULL);
-    pw_L_unlock(b);
-    return b->broken ? PW_CORRUPT : PW_OK;
-}
-
-/* One store: unset, one pulse more, and of an auto-reset event one more release, at most as many as there are waiters. */
-static int pw_event_pulse(pw_body *b) {
-    pw_thread *me = pw_self();
-    int wrong = pw_begin(b, me, PW_NEVER);
-    uint64_t value, grants = 0;
-    if (wrong) return wrong;
-    value = PW_LOAD(b->page->value);
+/* Unset, one pulse more, and of an auto-reset event one more release, at most as many as there are waiters. Under L. */
+static uint64_t pw_pulsed(pw_body *b, uint64_t value) {
+    uint64_t grants = 0;
     if (!b->manual) {
         uint64_t waiters = pw_waiters(b);
         grants = PW_GRANTS(value) + 1 < waiters ? PW_GRANTS(value) + 1 : waiters;
     }
-    pw_signal(b, me, ((uint64_t)(PW_EPOCH(value) + 1) << 32) | grants << 1, b->manual ? INT_MAX : 1);
+    return ((uint64_t)(PW_EPOCH(value) + 1) << 32) | grants << 1;
+}
+
+/* On Windows a set releases who waits at once; here they have to wake up and look. So that a reset in between takes
+ * nothing from them, it leaves behind what a pulse would. */
+static int pw_event_reset(pw_body *b, int *previous) {
+    int wrong = pw_begin(b, pw_self(), PW_NEVER);
+    uint64_t value;
+    if (wrong) return wrong;
+    value = PW_LOAD(b->page->value);
+    *previous = (int)(value & 1);
+    if (value & 1) PW_STORE(b->page->value, pw_pulsed(b, value));
+    pw_L_unlock(b);
+    return b->broken ? PW_CORRUPT : PW_OK;
+}
+
+static int pw_event_pulse(pw_body *b) {
+    pw_thread *me = pw_self();
+    int wrong = pw_begin(b, me, PW_NEVER);
+    if (wrong) return wrong;
+    pw_signal(b, me, pw_pulsed(b, PW_LOAD(b->page->value)), b->manual ? INT_MAX : 1);
     return b->broken ? PW_CORRUPT : PW_OK;
 }
 

@@ -99,7 +99,7 @@ static int pw_wait(pw_body *b, int64_t at, uint32_t *alert) {
         got = pw_sleep_on(me, &b->page->S, expected, until, alert);
         PW_CRASH("wait.woken");
         if (got == EFAULT) b->broken = 1;
-        if ((got == EINTR || (me->main && got == ETIMEDOUT)) && pw_signals(me)) {
+        if ((got == EINTR || me->main) && pw_signals(me)) {
             wrong = -1;
             break;
         }

@@ -237,6 +237,15 @@ class ObjectFile:
         with reopened(self.fd) as other:
             return holders_of(other)
 
+    def unname(self) -> None:
+        """Removes the name if no other process has the object open; ours goes on holding it for a call in progress."""
+        try:
+            with gate(self.fd, self.path, self.writable):
+                if not held_by_others(self.fd):
+                    remove(self.fd, self.path)
+        except OperationTimeout:
+            pass
+
     def leave(self) -> None:
         """Gives the hold back; the last holder removes the name. Called once, by the registry of `namespace`."""
         fd, self.fd = self.fd, -1
