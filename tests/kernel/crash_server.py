@@ -1,7 +1,8 @@
 """Runs scenarios in children that end themselves at a crash point. Its own process loads the build with crash points.
 
 A line in: ``scenario point skip stop``; a line out: ``killed``, ``done`` or the error. With a `stop` that is not ``-``
-the child stops there first: ``stopped PID`` is answered, and the rest after somebody's SIGCONT.
+the child stops there first: ``stopped PID`` is answered, and the rest after somebody's SIGCONT. The argument, if there
+is one, is the uid the children have.
 """
 
 from __future__ import annotations
@@ -87,6 +88,14 @@ def all_of_many():
     wait_all([Semaphore.open("s"), Semaphore.open("s2"), Mutex.open("m"), Event.open("auto")], 0)
 
 
+def all_of_several_users():
+    wait_all([Semaphore.open(r"Global\first"), Semaphore.open(r"Global\second"), Mutex.open(r"Global\mutex")], 0)
+
+
+def all_local_and_global():
+    wait_all([Semaphore.open("mine"), Semaphore.open(r"Global\first")], 0)
+
+
 def all_with_two_mutexes():
     """The test takes the second one while it is stopped."""
     try:
@@ -134,6 +143,10 @@ def main() -> None:
         if pid == 0:
             code = 1
             try:
+                if sys.argv[1:]:
+                    os.setgroups([])
+                    os.setresgid(*[int(sys.argv[1])] * 3)
+                    os.setresuid(*[int(sys.argv[1])] * 3)
                 native.crash_at(point.encode(), int(skip), b"" if stop == "-" else stop.encode())
                 SCENARIOS[name]()
                 native.crash_at(b"none")

@@ -41,9 +41,9 @@ def crashing_build():
 
 
 class Server:
-    def __init__(self) -> None:
+    def __init__(self, *uid: int) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, str(Path(__file__).with_name("crash_server.py"))],
+            [sys.executable, str(Path(__file__).with_name("crash_server.py")), *map(str, uid)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ | {"PORTWAY_CRASH_POINTS": "1"},
         )  # fmt: skip
 
