@@ -43,6 +43,11 @@ def pid_namespace():
     return pw_pid_namespace()
 
 
+def runs_for_another():
+    """A set-uid or set-gid program, or one with file capabilities: who started it chose the environment, not its user."""
+    return getauxval(AT_SECURE) != 0
+
+
 def allocate(int fd, long at, long size):
     """posix_fallocate(3): space behind these bytes, or OSError. In pieces, as a signal makes tmpfs undo the one at hand."""
     cdef int wrong

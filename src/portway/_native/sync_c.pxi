@@ -6,6 +6,10 @@ cdef extern from "sync_fork.h" nogil:
     uint64_t pw_pid_namespace()
     int posix_fallocate(int, long, long)
 
+cdef extern from "<sys/auxv.h>" nogil:
+    unsigned long getauxval(unsigned long)
+    unsigned long AT_SECURE
+
 cdef extern from "sync_recover.h":
     ctypedef struct pw_cfg:
         int64_t due, period

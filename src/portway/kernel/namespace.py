@@ -29,6 +29,7 @@ from .._accel import sync as _native
 from ..errors import (
     AccessDenied,
     AlreadyExists,
+    InvalidAddress,
     InvalidHandle,
     NotEnoughMemory,
     NotSupported,
@@ -57,12 +58,13 @@ __all__ = ["Entry", "Kind", "MAX_NAME", "Name", "Namespace", "ObjectFile", "chec
 
 MIN_SIZE = objectfile.FREE_PAGES
 ATTEMPTS = 1000
+MAX_ROOT = 255
 
 
 def default_root() -> str:
-    """See the module. `PORTWAY_ROOT` is not looked at by a set-uid program."""
+    """See the module. `PORTWAY_ROOT` is not looked at by a set-uid program, even after it has changed its uid."""
     given = os.environ.get("PORTWAY_ROOT")
-    if given and os.getuid() == os.geteuid() and os.getgid() == os.getegid():
+    if given and not _native.runs_for_another():
         return given
     try:
         info = os.lstat("/run/portway")
@@ -112,6 +114,8 @@ class Namespace:
 
     def __init__(self, root: str | os.PathLike[str] | None = None) -> None:
         self.root = os.path.abspath(os.fspath(root) if root is not None else default_root())
+        if len(os.fsencode(self.root)) > MAX_ROOT:
+            raise InvalidAddress(f"root {self.root!r} has more than {MAX_ROOT} bytes", hint="use a shorter path")
 
     def folder(self, scope: str, make: bool = True) -> str:
         """The checked folder of ``Local`` or ``Global``; made when it is missing (`ObjectNotFound` with make=False)."""
