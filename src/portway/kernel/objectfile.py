@@ -21,7 +21,7 @@ Layout, little-endian. Page 0 is common to all kinds; everything in it was writt
 **Who holds it** is told by the kernel, not by the page: a process holds byte ``16 + slot`` by an open-file-description
 lock as long as it has a handle. Byte 0 is the gate, locked to join and to leave. No slot locked: every holder is gone,
 and whoever meets the file removes it. A process has one descriptor, one slot and one `ObjectFile` per object; its
-handles share them and count. A fork child gets a descriptor and a slot of its own (`_native/sync.pyx`).
+handles share them and count. A fork child gets a descriptor and a slot of its own (`_native/sync_fork.h`).
 """
 
 from __future__ import annotations
@@ -192,6 +192,15 @@ class ObjectFile:
             raise ObjectClosed("this object is closed")
         with reopened(self.fd) as other:
             return holders_of(other)
+
+    def unname(self) -> None:
+        """Removes the name if no other process has the object open; ours goes on holding it for a call in progress."""
+        try:
+            with gate(self.fd, self.path, self.writable):
+                if not held_by_others(self.fd):
+                    remove(self.fd, self.path)
+        except OperationTimeout:
+            pass
 
     def leave(self) -> None:
         """Gives the hold back; the last holder removes the name. Called once, by the registry of `namespace`."""
