@@ -17,7 +17,7 @@ __all__ = ["check_folder", "default_root", "given_root", "make_folder"]
 
 
 def given_root() -> str | None:
-    """``PORTWAY_ROOT``, a world of one's own for tests; not for a set-uid program, even after it has changed its uid."""
+    """``PORTWAY_ROOT``, a world of one's own; not for a set-uid program, even after it has changed its uid."""
     given = os.environ.get("PORTWAY_ROOT")
     if given and not _native.runs_for_another():
         return given

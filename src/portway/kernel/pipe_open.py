@@ -69,7 +69,12 @@ class Search:
         """`PipeNotFound`, `PipeBusy`, `AccessDenied`, `AmbiguousName`, `ObjectCorrupt` as things are now."""
         record = self._living()
         if record is None:
-            return self._claim_dotnet()
+            try:
+                return self._claim_dotnet()
+            except BadPipe:  # of portway, then: its server began after the look at the records
+                record = self._living()
+                if record is None:
+                    raise
         try:
             self._check_access(record.header)
             for slot, line in self._listening(record):
