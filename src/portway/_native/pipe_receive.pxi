@@ -151,7 +151,7 @@ cdef class Receiver(Connection):
                 if self.check_head(head, got):
                     self.abandoned()
                 self.guess = got if got else 64
-                if <uint64_t>got == PW_LEFT(head):
+                if <uint64_t>got == PW_LEFT(head) and got <= self.max_message:
                     self.received_messages += 1
                     if got < guess:
                         if _PyBytes_Resize(&data, got) != 0:
@@ -216,12 +216,14 @@ cdef class Receiver(Connection):
         self.received_bytes += got
         return self.keep(scratch + offset, got - offset)
 
-    cdef ssize_t fill(self, char *out, size_t size, int64_t *at, double seconds, uint64_t cancels) except -3:
-        """Up to `size` bytes of the current message into `out`: how many, -1: the time is over before any, -2: the end.
-        What is left of it is told by `left`; 0 there means that the message is complete."""
+    cdef ssize_t fill(self, char *out, size_t size, bint all, int64_t *at, double seconds, uint64_t cancels) except -3:
+        """Up to `size` bytes of the current message into `out`: how many, -1: the time is over, -2: the end. With `all`
+        it waits until it has them or the message ends, else for the first. What is left of the message is told by
+        `left`; 0 there means that it is complete."""
         cdef size_t done = 0, take, length = 0
         cdef uint64_t head = 0
         cdef ssize_t got
+        cdef int64_t now = 0
         cdef bint begun = self.g != NULL or self.expect != 0
         if self.g != NULL:
             take = min(<size_t>(self.g_size - self.g_at), size)
@@ -233,16 +235,18 @@ cdef class Receiver(Connection):
                 self.g = NULL
                 self.g_size = self.g_at = 0
         while not begun or (self.expect and done < size and self.g == NULL):
+            if done and not all:
+                at = &now
             if size - done >= PACKET and not self.offset:
                 got = self.packet(&head, out + done, PACKET, NULL, 0, at, seconds, cancels)
                 length = got
             else:
                 got = self.peeked(&head, out + done, size - done, self.offset, &length, at, seconds, cancels)
             if got < 0:
-                if done and got == -1:  # nothing is lost: the next call's
+                if done and not all:  # the end, too, is the next call's to tell
+                    break
+                if done and got == -1:  # nothing is lost
                     self.keep(out, done)
-                if not begun or got == -2 or done:
-                    return got
                 return got
             if self.check_head(head, length):
                 if size - done < PACKET or self.offset:
@@ -286,7 +290,7 @@ cdef class Receiver(Connection):
                 return 0
             while done < size:
                 try:
-                    got = self.fill(out + done, size - done, at if not done else &now, seconds, cancels)
+                    got = self.fill(out + done, size - done, False, at if not done else &now, seconds, cancels)
                 except errors.MessageAbandoned:
                     if not done:
                         raise
@@ -341,7 +345,7 @@ cdef class Receiver(Connection):
         fresh = None
         try:
             if self.by_message:
-                got = self.fill(PyBytes_AS_STRING(<object>data), wanted, at, seconds, cancels)
+                got = self.fill(PyBytes_AS_STRING(<object>data), wanted, True, at, seconds, cancels)
             else:
                 got = self.stream(PyBytes_AS_STRING(<object>data), wanted, at, seconds, cancels)
             if got == -1:
@@ -454,7 +458,7 @@ cdef class Receiver(Connection):
                         if self.owes_notice:
                             self.owes_notice = False
                             self.abandoned()
-                        got = self.fill(<char *>view.buf, view.len, &at, seconds, cancels)
+                        got = self.fill(<char *>view.buf, view.len, True, &at, seconds, cancels)
                     else:
                         got = self.stream(<char *>view.buf, view.len, &at, seconds, cancels)
                     if got == -2:
