@@ -6,14 +6,17 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 
 import pytest
+from handoff_peers import descriptors
 from sync_world import files, in_thread, until
-from test_hostile_sync import L_AT, page, scribble
+from test_hostile_sync import L_AT, page, scribble, stopped
 
 from portway import Event, Mutex, errors, wait_all, wait_any
 from portway._accel import sync as native
 
+__all__ = ["stopped"]
 MULTI_AT = 0xFC4
 
 
@@ -156,6 +159,20 @@ def test_closed_by_another_thread_than_its_owners(root, how):
     assert run(script, root, PORTWAY_SYNC=how) == "alive\n"
 
 
+def test_an_owner_that_ends_after_the_last_close_leaves_nothing(root):
+    """Its memory and descriptor are needed until then, and go by themselves."""
+    mutex, held, go = Mutex("m"), threading.Event(), threading.Event()
+    thread = threading.Thread(target=lambda: (mutex.acquire(), held.set(), go.wait()))
+    thread.start()
+    held.wait()
+    before = set(descriptors())
+    mutex.close()
+    assert not files(root) and set(descriptors()) == before
+    go.set()
+    thread.join()
+    until(lambda: len(descriptors()) == len(before) - 1, "its descriptor is closed")
+
+
 def test_a_forked_child_does_not_keep_what_a_thread_of_its_parent_waited_for(root, start):
     def work(tell):
         event = Event("e")
@@ -179,20 +196,20 @@ def test_a_forked_child_does_not_keep_what_a_thread_of_its_parent_waited_for(roo
     assert not files(root), "the child, which lives, is no holder"
 
 
-def test_a_signal_handler_may_use_what_the_interrupted_wait_is_looking_at(root, start):
+def test_a_signal_handler_may_use_what_the_interrupted_wait_is_looking_at(root, start, stopped):
     """One object of a wait_all is locked by a process that is stopped: the others are not held meanwhile."""
 
     def work(tell):
-        a, b = Event("a"), Event("b")
+        a, b = Event("a"), Event("e")
         signal.signal(signal.SIGUSR1, lambda *_: (a.set(), tell(a.is_set())))
         tell("ready")
         with pytest.raises(errors.OperationTimeout):
             wait_all([a, b], 3)
         tell("over")
 
-    a, b = Event("a"), Event("b")
+    a, b = Event("a"), Event("e")
     with page(b) as data:
-        scribble(data, os.getppid().to_bytes(4, "little"), L_AT)
+        scribble(data, stopped, L_AT)
         child = start(work)
         child.hear()
         until(lambda: data[L_AT + 3] & 0x80, "it waits for the lock")

@@ -20,6 +20,7 @@
 #include <unistd.h>
 
 #define PW_FIRST 16
+#define PW_REPAIRING 8 /* read-locked by who is no holder, but finishes what a killed process left */
 #define PW_HOLDERS 1024
 #define PW_SLOTS 4096
 

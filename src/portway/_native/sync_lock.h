@@ -22,6 +22,28 @@ static int pw_slot_dead(pw_body *b, uint32_t word) {
     return pw_ofd_held(b->fd, PW_FIRST + (int)slot) == 0;
 }
 
+/* A dying thread's words are marked by the kernel, which walks the thread's list, but stops at a page that somebody cut,
+ * and after 2,048. So who has to wait asks now and then whether the owner is a thread of any process that has the object
+ * open. (Signal 0 says so whatever /proc hides. The holders' pids are their own word; a false one makes us wait on.) */
+static int pw_owner_gone(pw_body *b, uint32_t word) {
+    int64_t now = pw_clock(0);
+    pid_t tid = (pid_t)(word & PW_TID);
+    struct flock lock;
+    long at = PW_FIRST;
+    if (!b->home || b->home != pw_home || tid == 0 || word & PW_SLOT || now < b->ask) return 0;
+    b->ask = now + 250 * PW_MS;
+    if (syscall(SYS_tgkill, getpid(), tid, 0) == 0 || pw_ofd_held(b->fd, PW_REPAIRING) != 0) return 0;
+    while (at < PW_FIRST + PW_HOLDERS) {
+        lock = (struct flock){.l_type = F_WRLCK, .l_whence = SEEK_SET, .l_start = at, .l_len = PW_FIRST + PW_HOLDERS - at};
+        if (fcntl(b->fd, F_OFD_GETLK, &lock) != 0) return 0;
+        if (lock.l_type == F_UNLCK) break;
+        if (lock.l_start < at) lock.l_start = at;
+        if (syscall(SYS_tgkill, (pid_t)b->slots[4 * (lock.l_start - PW_FIRST)], tid, 0) == 0 || errno == EPERM) return 0;
+        at = lock.l_start + 1;
+    }
+    return 1;
+}
+
 static void pw_mark_dead(uint32_t *at, uint32_t seen) {
     if (pw_cas(at, seen, (seen & PW_W) | PW_DIED)) pw_futex_wake(at, 1);
 }
@@ -96,7 +118,7 @@ static int pw_L_lock_slow(pw_body *b, pw_thread *me, int64_t at) {
             PW_PAUSE();
             continue;
         }
-        if (pw_slot_dead(b, seen)) {
+        if (pw_slot_dead(b, seen) || (!b->l_busy && pw_owner_gone(b, seen))) {
             pw_mark_dead(&b->page->L, seen);
             continue;
         }

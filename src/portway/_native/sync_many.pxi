@@ -60,7 +60,8 @@ cdef class Many:
         for i in range(self.many.distinct):
             b = self.many.sorted[i]
             S = b.page.S
-            if b.kind == PW_MUTEX and (not S & PW_TID or pw_slot_dead(b, S)):
+            if b.kind == PW_MUTEX and (not S & PW_TID or pw_slot_dead(b, S) or pw_owner_gone(b, S)):
+                b.ask = 0  # who takes it asks again
                 return True
             if b.kind == PW_TIMER:
                 cfg = pw_timer_read(b)
