@@ -27,7 +27,7 @@ static int pw_slot_dead(pw_body *b, uint32_t word) {
  * open. (Signal 0 says so whatever /proc hides. The holders' pids are their own word; a false one makes us wait on.) */
 static int pw_owner_gone(pw_body *b, uint32_t word) {
     int64_t now = pw_clock(0);
-    pid_t tid = (pid_t)(word & PW_TID);
+    pid_t tid = (pid_t)(word & PW_TID), pid;
     struct flock lock;
     long at = PW_FIRST;
     if (!b->home || b->home != pw_home || tid == 0 || word & PW_SLOT || now < b->ask) return 0;
@@ -38,7 +38,8 @@ static int pw_owner_gone(pw_body *b, uint32_t word) {
         if (fcntl(b->fd, F_OFD_GETLK, &lock) != 0) return 0;
         if (lock.l_type == F_UNLCK) break;
         if (lock.l_start < at) lock.l_start = at;
-        if (syscall(SYS_tgkill, (pid_t)b->slots[4 * (lock.l_start - PW_FIRST)], tid, 0) == 0 || errno == EPERM) return 0;
+        pid = (pid_t)b->slots[4 * (lock.l_start - PW_FIRST)];
+        if (pid <= 0 || syscall(SYS_tgkill, pid, tid, 0) == 0 || errno == EPERM) return 0;
         at = lock.l_start + 1;
     }
     return 1;
@@ -152,7 +153,8 @@ static inline int pw_L_brief(pw_body *b, pw_thread *me) {
 /* ---- who waits, for `ls` and pulse ---- */
 
 static void pw_waiting(pw_body *b, int step) {
-    if (b->slot >= 0) b->slots[4 * b->slot + 1] += (uint32_t)step; /* only this process writes it, with the GIL */
+    uint32_t *mine = b->slot >= 0 ? &b->slots[4 * b->slot + 1] : NULL; /* only this process writes it, with the GIL */
+    if (mine && (step > 0 || *mine)) *mine += (uint32_t)step;          /* a wait that began before a fork is not counted */
 }
 
 static uint32_t pw_waiters(pw_body *b) {

@@ -84,9 +84,8 @@ cdef class Many:
         """No longer counted among the waiters."""
         if self.counted:
             self.counted = False
-            for i in range(self.many.distinct):
-                if not self.many.sorted[i].closing:
-                    pw_waiting(self.many.sorted[i], -1)
+            for i in range(self.many.distinct if self.use.at != NULL else 0):
+                pw_waiting(self.many.sorted[i], -1)
 
     def words(self):
         """What to sleep on: {address: value}."""
