@@ -237,6 +237,52 @@ class in_time:
         signal.signal(signal.SIGALRM, self.before)
 
 
+def test_a_place_among_the_holders_that_is_given_anew_hides_nobody(root, start):
+    """The kernel names the locks of a file in the order they came, not by place."""
+
+    def work(tell):
+        event = Event("e")
+        tell(os.getpid())
+        event.wait(30)
+        tell("through")
+
+    first = start(work)
+    first.hear()
+    others = [start(work) for _ in range(3)]
+    for one in others:
+        one.hear()
+    event = Event("e")
+    until(lambda: event.waiters == 4, "all wait")
+    first.kill()
+    others.append(start(work))  # takes the place of the first
+    others[-1].hear()
+    until(lambda: event.waiters == 4, "all are counted")
+    assert {one.pid for one in event.file.holders()} == {os.getpid(), *(one.pid for one in others)}
+    for left in (3, 2, 1, 0):
+        event.pulse()
+        until(lambda left=left: event.waiters == left, "each pulse lets one through")
+    assert [one.hear() for one in others] == ["through"] * 4
+
+
+def test_an_owner_in_such_a_place_is_no_dead_one(root, start):
+    def work(tell, owns):
+        mutex = Mutex("m")
+        if owns:
+            mutex.acquire()
+        tell("ready")
+        signal.pause()
+
+    children = [start(work, False) for _ in range(3)]
+    for one in children:
+        one.hear()
+    mutex = Mutex.open("m")
+    children[0].kill()
+    assert start(work, True).hear() == "ready"
+    for timeout in (0, 0.3, 0.6):
+        with pytest.raises(errors.OperationTimeout):
+            mutex.acquire(timeout)
+
+
 @pytest.mark.parametrize("manual", [True, False])
 def test_a_reset_takes_nothing_from_those_whom_the_set_released(root, start, manual):
     """On Windows a set releases who waits at once; a reset right after it comes too late for them."""

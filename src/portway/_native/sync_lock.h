@@ -28,21 +28,17 @@ static int pw_slot_dead(pw_body *b, uint32_t word) {
 static int pw_owner_gone(pw_body *b, uint32_t word) {
     int64_t now = pw_clock(0);
     pid_t tid = (pid_t)(word & PW_TID), pid;
-    struct flock lock;
-    long at = PW_FIRST;
+    uint16_t slots[PW_HOLDERS];
+    int count;
     if (!b->home || b->home != pw_home || tid == 0 || word & PW_SLOT || now < b->ask) return 0;
     b->ask = now + 250 * PW_MS;
     if (syscall(SYS_tgkill, getpid(), tid, 0) == 0 || pw_ofd_held(b->fd, PW_REPAIRING) != 0) return 0;
-    while (at < PW_FIRST + PW_HOLDERS) {
-        lock = (struct flock){.l_type = F_WRLCK, .l_whence = SEEK_SET, .l_start = at, .l_len = PW_FIRST + PW_HOLDERS - at};
-        if (fcntl(b->fd, F_OFD_GETLK, &lock) != 0) return 0;
-        if (lock.l_type == F_UNLCK) break;
-        if (lock.l_start < at) lock.l_start = at;
-        pid = (pid_t)b->slots[4 * (lock.l_start - PW_FIRST)];
+    count = pw_held_slots(b->fd, slots);
+    while (count > 0) {
+        pid = (pid_t)b->slots[4 * slots[--count]];
         if (pid <= 0 || syscall(SYS_tgkill, pid, tid, 0) == 0 || errno == EPERM) return 0;
-        at = lock.l_start + 1;
     }
-    return 1;
+    return count == 0;
 }
 
 static void pw_mark_dead(uint32_t *at, uint32_t seen) {
@@ -158,16 +154,10 @@ static void pw_waiting(pw_body *b, int step) {
 }
 
 static uint32_t pw_waiters(pw_body *b) {
-    struct flock lock;
+    uint16_t slots[PW_HOLDERS];
     uint32_t sum = b->slot >= 0 ? b->slots[4 * b->slot + 1] : 0;
-    long at = PW_FIRST;
-    while (at < PW_FIRST + PW_HOLDERS) {
-        lock = (struct flock){.l_type = F_WRLCK, .l_whence = SEEK_SET, .l_start = at, .l_len = PW_FIRST + PW_HOLDERS - at};
-        if (fcntl(b->fd, F_OFD_GETLK, &lock) != 0 || lock.l_type == F_UNLCK) break;
-        if (lock.l_start < at) lock.l_start = at;
-        sum += b->slots[4 * (lock.l_start - PW_FIRST) + 1];
-        at = lock.l_start + 1;
-    }
+    int count = pw_held_slots(b->fd, slots);
+    while (count > 0) sum += b->slots[4 * slots[--count] + 1];
     return sum;
 }
 #endif

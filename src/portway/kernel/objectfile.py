@@ -156,7 +156,7 @@ def _try_lock(fd: int, start: int, kind: int) -> bool:
 
 
 def _locked(fd: int, start: int, length: int) -> int | None:
-    """The first byte at or after `start` that another descriptor has locked."""
+    """A byte of these, not always the first, that another descriptor has locked."""
     kind, _, at, _, _ = _FLOCK.unpack(_lock(fd, fcntl.F_OFD_GETLK, fcntl.F_WRLCK, start, length))
     return None if kind == fcntl.F_UNLCK else max(at, start)
 
@@ -186,14 +186,17 @@ def gate(fd: int, path: str, writable: bool = True) -> Iterator[None]:
 
 def holders_of(fd: int) -> list[Holder]:
     """All live holders, seen through a descriptor that holds no slot itself; at most `MAX_HOLDERS`."""
-    found, at = [], FIRST
-    while at < FIRST + MAX_HOLDERS and (hit := _locked(fd, at, FIRST + MAX_HOLDERS - at)) is not None:
+    found, gaps = [], [(FIRST, FIRST + MAX_HOLDERS)]
+    while gaps:
+        at, end = gaps.pop()
+        if at == end or (hit := _locked(fd, at, end - at)) is None:
+            continue
+        gaps += [(at, hit), (hit + 1, end)]
         slot = hit - FIRST
         data = os.pread(fd, _SLOT.size, SLOTS + slot * _SLOT.size).ljust(_SLOT.size, b"\0")
         pid, waiting, start = _SLOT.unpack(data)
         found.append(Holder(slot, pid, waiting, start))
-        at = hit + 1
-    return found
+    return sorted(found)
 
 
 class ObjectFile:
