@@ -22,6 +22,10 @@ static int pw_slot_dead(pw_body *b, uint32_t word) {
     return pw_ofd_held(b->fd, PW_FIRST + (int)slot) == 0;
 }
 
+static int pw_thread_lives(pid_t pid, pid_t tid) {
+    return pid <= 0 || syscall(SYS_tgkill, pid, tid, 0) == 0 || errno != ESRCH; /* or cannot tell */
+}
+
 /* A dying thread's words are marked by the kernel, which walks the thread's list, but stops at a page that somebody cut,
  * and after 2,048. So who has to wait asks now and then whether the owner is a thread of any process that has the object
  * open. (Signal 0 says so whatever /proc hides. The holders' pids are their own word; a false one makes us wait on.) */
@@ -32,11 +36,11 @@ static int pw_owner_gone(pw_body *b, uint32_t word) {
     int count;
     if (!b->home || b->home != pw_home || tid == 0 || word & PW_SLOT || now < b->ask) return 0;
     b->ask = now + 250 * PW_MS;
-    if (syscall(SYS_tgkill, getpid(), tid, 0) == 0 || pw_ofd_held(b->fd, PW_REPAIRING) != 0) return 0;
+    if (pw_thread_lives(getpid(), tid) || pw_ofd_held(b->fd, PW_REPAIRING) != 0) return 0;
     count = pw_held_slots(b->fd, slots);
     while (count > 0) {
         pid = (pid_t)b->slots[4 * slots[--count]];
-        if (pid <= 0 || syscall(SYS_tgkill, pid, tid, 0) == 0 || errno == EPERM) return 0;
+        if (pw_thread_lives(pid, tid)) return 0;
     }
     return count == 0;
 }
