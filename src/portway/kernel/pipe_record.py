@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import stat
 import threading
 import time
@@ -29,7 +30,6 @@ from ..errors import AccessDenied, ObjectClosed, ObjectCorrupt, PipeBusy
 from ..wire import pipe as wire
 from ..wire.pipe import Header, Line
 from .device import Device, Place
-from .folders import make_folder
 from .objectfile import full
 from .ofdlock import gate, locked_from, try_lock, unlock
 from .pipe_name import MAX_SOCKET_PATH, PipeName
@@ -38,6 +38,7 @@ from .record import myself
 __all__ = ["Record", "find", "reach"]
 
 SLOTS, MEMBERS, MAX_MEMBERS = 16, 300, 1024
+_SOCKET = re.compile(r"([0-9]{1,3})\.[0-9]+")
 _live: weakref.WeakSet[Record] = weakref.WeakSet()
 
 
@@ -181,27 +182,31 @@ class Record:
         self.write(slot, wire.FREE._replace(generation=line.generation))
 
     def sweep(self) -> None:
-        """Under the gate: frees the lines of dead servers, and removes sockets that no line names."""
-        held = self.held()
-        lines = dict(self.lines())
-        for slot, line in lines.items():
-            if slot not in held:
-                self._clean(slot, line)
-        listening = {f"{slot}.{line.generation}" for slot, line in lines.items() if slot in held}
-        for name in os.listdir(self.folder_fd):
-            if name != "record" and name not in listening and name.partition(".")[0].isdigit():
-                self._remove_socket(name, held)
+        """Under the gate: frees the lines of dead servers, and removes sockets that no line names.
 
-    def _remove_socket(self, name: str, held: set[int]) -> None:
-        if int(name.partition(".")[0]) in held:  # its line may be written this moment
-            return
-        with suppress(OSError):
-            os.unlink(name, dir_fd=self.folder_fd)
+        A living server takes a slot without the gate: so each is looked at while we have it ourselves.
+        """
+        files: dict[int, list[str]] = {slot: [] for slot, _ in self.lines()}
+        for name in os.listdir(self.folder_fd):
+            if found := _SOCKET.fullmatch(name):
+                files.setdefault(int(found[1]), []).append(name)
+        for slot, names in files.items():
+            with self.lock:
+                if slot in self.slots or slot >= self.header.max_instances or not try_lock(self.fd, SLOTS + slot):
+                    continue
+                try:
+                    for name in names:
+                        with suppress(OSError):
+                            os.unlink(name, dir_fd=self.folder_fd)
+                    if (line := self.line(slot)).state:
+                        self._clean(slot, line)
+                finally:
+                    unlock(self.fd, SLOTS + slot)
 
     def remove(self) -> None:
         """Under the gate, when nobody is left: the files, the record and the folder, as far as they are ours."""
         for name in os.listdir(self.folder_fd):
-            if name != "record" and name.replace(".", "").isdigit():
+            if _SOCKET.fullmatch(name):
                 with suppress(OSError):
                     os.unlink(name, dir_fd=self.folder_fd)
         with suppress(FileNotFoundError):
@@ -287,8 +292,8 @@ def make(device: Device, name: PipeName, header: Header, shared: bool) -> Record
     place = device.own()
     folder = f"{place.path}/{name.key}"
     try:
-        if not os.path.isdir(folder):
-            make_folder(folder, 0o700)
+        with suppress(FileExistsError):
+            os.mkdir(folder, 0o700)  # in a folder that is ours alone; see below for who else may enter
         folder_fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     except FileNotFoundError:
         return None
@@ -316,6 +321,8 @@ def make(device: Device, name: PipeName, header: Header, shared: bool) -> Record
                     os.close(one)
         if isinstance(error, (FileExistsError, FileNotFoundError)):
             return None
+        with suppress(OSError):
+            os.rmdir(folder)
         if isinstance(error, OSError):
             raise full(error, folder) from error
         raise
