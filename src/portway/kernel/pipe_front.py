@@ -14,6 +14,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import re
 import socket
 from contextlib import suppress
 
@@ -28,6 +29,7 @@ from .security import Security
 __all__ = ["Front", "front_file", "remove_stale"]
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
+_HEX = re.compile("[0-9a-f]{1,16}")
 
 
 def front_file(record: Record, number: int) -> str:
@@ -131,20 +133,29 @@ class Front:
         return ""
 
     def _whose(self, identity: tuple[int, int] | None) -> int | None:
+        """Of the servers in the lines, else of all whose front lies there: one may have no instance this moment."""
         for number in {line.server for _, line in self.record.lines()}:
-            with suppress(OSError):
-                info = os.lstat(front_file(self.record, number))
-                if (info.st_dev, info.st_ino) == identity:
-                    return number
+            if self._is_front(front_file(self.record, number), identity):
+                return number
+        folder, prefix = os.path.dirname(self.path), os.path.basename(front_file(self.record, 0))[:-1]
+        for name in os.listdir(folder):
+            number_text = name.removeprefix(prefix)
+            if name != number_text and _HEX.fullmatch(number_text) and self._is_front(f"{folder}/{name}", identity):
+                return int(number_text, 16)
         return None
+
+    def _is_front(self, file: str, identity: tuple[int, int] | None) -> bool:
+        try:
+            info = os.lstat(file)
+        except OSError:
+            return False
+        return info.st_uid == os.geteuid() and (info.st_dev, info.st_ino) == identity
 
     # -- changing the path -----------------------------------------------------------------------------------------
 
     def _put(self, file: str, expected: tuple[int, int] | None) -> bool:
         """Makes the path a link to `file`, or to a socket nobody has when that is "". False: it changed meanwhile."""
-        temporary = f"{self.file}.{os.urandom(2).hex()}"
-        if len(os.fsencode(temporary)) > MAX_SOCKET_PATH:
-            temporary = f"{os.path.dirname(self.file)}/.portway-{os.urandom(4).hex()}"
+        temporary = _aside(self.record)
         try:
             if file:
                 os.link(file, temporary)
@@ -178,15 +189,19 @@ def remove_stale(record: Record) -> None:
                     with suppress(OSError):
                         os.unlink(path)
     if not record.alive():
-        remove_path(record.header.front)
+        remove_path(record.header.front, _aside(record))
 
 
-def remove_path(path: str) -> None:
+def _aside(record: Record) -> str:
+    """A name that `remove_stale` knows, should its maker be killed; shorter than a front's."""
+    return f"{os.path.dirname(record.header.front)}/.portway-{os.path.basename(record.folder)}-t{os.urandom(4).hex()}"
+
+
+def remove_path(path: str, aside: str) -> None:
     """Removes a socket's file of ours that nobody has; whatever else it turns out to be stays."""
     seen = look_at(path)
     if seen.state != "dead" or seen.uid != os.geteuid() or os.path.islink(path):
         return
-    aside = f"{os.path.dirname(path)}/.portway-{os.urandom(6).hex()}"
     try:
         os.rename(path, aside)
         info = os.lstat(aside)
