@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import os
 import select
+import sys
 from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Any, Self
@@ -91,6 +92,10 @@ class PipeHandle:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.Close()
+
+    def __del__(self) -> None:
+        if not sys.is_finalizing():
+            self.Close()
 
     def __repr__(self) -> str:
         return f"<PipeHandle {self.name!r}{' closed' if self.closed else ''}>"
