@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -36,8 +37,8 @@ def world_of(root: str) -> dict[str, str]:
 
 def remains(root: str) -> list[str]:
     """What lies in the world besides each user's empty folder: nothing, once every server has gone in order."""
-    found = [one for one in Path(root).rglob("*") if one != Path(root, "tmp")]
-    return sorted(str(one.relative_to(root)) for one in found if not one.match("portway-pipe-*"))
+    found = [str(one.relative_to(root)) for one in Path(root).rglob("*")]
+    return sorted(one for one in found if one != "tmp" and not re.fullmatch("portway-pipe-[0-9]+", one))
 
 
 def pair(name: str = "p", **options: Any) -> tuple[portway.NamedPipeServer, Any, portway.NamedPipeClient]:
