@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import os
 import select
-import sys
 from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Any, Self
@@ -60,7 +59,7 @@ ERROR_MORE_DATA, ERROR_PIPE_CONNECTED = 234, 535
 
 
 class PipeHandle:
-    """What CreateNamedPipe and CreateFile give. ``CloseHandle(handle)``, ``handle.Close()``, leaving ``with`` close."""
+    """What CreateNamedPipe and CreateFile give. ``CloseHandle(handle)`` or leaving ``with`` closes it."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -87,15 +86,15 @@ class PipeHandle:
         if self.end is not None:
             self.end.close()
 
+    def __del__(self) -> None:
+        if not getattr(self, "closed", True):
+            self.Close()
+
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.Close()
-
-    def __del__(self) -> None:
-        if not sys.is_finalizing():
-            self.Close()
 
     def __repr__(self) -> str:
         return f"<PipeHandle {self.name!r}{' closed' if self.closed else ''}>"

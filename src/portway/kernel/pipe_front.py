@@ -14,7 +14,6 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
-import re
 import socket
 from contextlib import suppress
 
@@ -26,15 +25,31 @@ from .pipe_record import Record
 from .pipe_socket import bind_socket
 from .security import Security
 
-__all__ = ["Front", "front_file", "remove_stale"]
+__all__ = ["Front", "front_file", "remove_stale", "whose_front"]
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
-_HEX = re.compile("[0-9a-f]{1,16}")
 
 
 def front_file(record: Record, number: int) -> str:
     """The file of one server's front."""
     return f"{os.path.dirname(record.header.front)}/.portway-{os.path.basename(record.folder)}-{number:x}"
+
+
+def whose_front(record: Record, identity: tuple[int, int] | None) -> int | None:
+    """The number of the server of this pipe whose front the file is; None: it is no front of this pipe."""
+    prefix = os.path.basename(front_file(record, 0))[:-1]
+    folder = os.path.dirname(record.header.front)
+    numbers = [line.server for _, line in record.lines()]
+    with suppress(OSError):  # a server may have no instance at the moment
+        for name in os.listdir(folder):
+            with suppress(ValueError):
+                numbers += [int(name.removeprefix(prefix), 16)] * name.startswith(prefix)
+    for number in numbers:
+        with suppress(OSError):
+            info = os.lstat(front_file(record, number))
+            if (info.st_dev, info.st_ino) == identity:
+                return number
+    return None
 
 
 class Front:
@@ -79,7 +94,7 @@ class Front:
                     return
                 wanted = self._another()
             elif seen.state == "live":
-                number = self._whose(seen.identity)
+                number = whose_front(self.record, seen.identity)
                 if number is None:
                     self.state = "taken"
                     return
@@ -131,25 +146,6 @@ class Front:
             if file != self.file and look_at(file).state == "live":
                 return file
         return ""
-
-    def _whose(self, identity: tuple[int, int] | None) -> int | None:
-        """Of the servers in the lines, else of all whose front lies there: one may have no instance this moment."""
-        for number in {line.server for _, line in self.record.lines()}:
-            if self._is_front(front_file(self.record, number), identity):
-                return number
-        folder, prefix = os.path.dirname(self.path), os.path.basename(front_file(self.record, 0))[:-1]
-        for name in os.listdir(folder):
-            number_text = name.removeprefix(prefix)
-            if name != number_text and _HEX.fullmatch(number_text) and self._is_front(f"{folder}/{name}", identity):
-                return int(number_text, 16)
-        return None
-
-    def _is_front(self, file: str, identity: tuple[int, int] | None) -> bool:
-        try:
-            info = os.lstat(file)
-        except OSError:
-            return False
-        return info.st_uid == os.geteuid() and (info.st_dev, info.st_ino) == identity
 
     # -- changing the path -----------------------------------------------------------------------------------------
 

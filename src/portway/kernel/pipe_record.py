@@ -3,7 +3,8 @@
 ``record`` lies in the pipe's folder beside one socket for each listening instance. What is alive is told by the kernel:
 
 * byte 0 of the record, locked, is the gate: joining and leaving exclude each other;
-* byte ``16 + slot`` is held by whoever has that instance: the limit of instances holds by itself;
+* byte ``16 + slot`` is held by whoever has that instance: the limit of instances holds by itself. It is taken for
+  writing and kept for reading, so that two may hold it while an instance moves to another process;
 * a byte from 300 on is held by every server object, as long as it or one of its pipes is open: the name exists while
   any is held.
 
@@ -15,6 +16,7 @@ words that the kernel itself compares.
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import re
 import stat
@@ -23,7 +25,7 @@ import time
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import NamedTuple, Self
+from typing import TYPE_CHECKING, NamedTuple, Self
 
 from .._accel import wake as _native
 from ..errors import AccessDenied, ObjectClosed, ObjectCorrupt, PipeBusy
@@ -31,9 +33,12 @@ from ..wire import pipe as wire
 from ..wire.pipe import Header, Line
 from .device import Device, Place
 from .objectfile import full
-from .ofdlock import gate, locked_from, try_lock, unlock
+from .ofdlock import all_locked, gate, locked_from, try_lock, unlock
 from .pipe_name import MAX_SOCKET_PATH, PipeName
 from .record import myself
+
+if TYPE_CHECKING:
+    from .._native.wake import Word
 
 __all__ = ["Record", "find", "reach"]
 
@@ -59,7 +64,7 @@ class Record:
         self.lock = threading.RLock()
         self.member = -1
         self.slots: set[int] = set()
-        self._word: _native.Word | None = None
+        self._word: Word | None = None
 
     def __enter__(self) -> Self:
         return self
@@ -76,7 +81,7 @@ class Record:
         return f"{self.folder}/record"
 
     @property
-    def word(self) -> _native.Word:
+    def word(self) -> Word:
         """The wake word, for those who wait for an instance."""
         if self._word is None:
             self._word = _native.Word(self.fd, wire.WAKE_AT)
@@ -101,11 +106,7 @@ class Record:
 
     def held(self) -> set[int]:
         """The slots that somebody has, ours included."""
-        found, at, end = set(self.slots), SLOTS, SLOTS + self.header.max_instances
-        while at < end and (hit := locked_from(self.fd, at, end - at)) is not None:
-            found.add(hit - SLOTS)
-            at = hit + 1
-        return found
+        return self.slots | {at - SLOTS for at in all_locked(self.fd, SLOTS, self.header.max_instances)}
 
     # -- the server's side ---------------------------------------------------------------------------------------------
 
@@ -129,12 +130,18 @@ class Record:
                 return
         raise PipeBusy(f"{MAX_MEMBERS} server objects have the pipe {self.header.name!r}, more cannot")
 
+    def adopt(self, slot: int) -> None:
+        """This descriptor came with the lock of `slot`: the instance moved here."""
+        self.slots.add(slot)
+        _live.add(self)
+
     def take_slot(self) -> int | None:
         """A free instance, locked, cleaned of what a dead server left; None when all are taken."""
         with self.lock:
             self._require()
             for slot in range(self.header.max_instances):
                 if slot not in self.slots and try_lock(self.fd, SLOTS + slot):
+                    try_lock(self.fd, SLOTS + slot, fcntl.F_RDLCK)
                     self.slots.add(slot)
                     line = self.line(slot)
                     if line.state:
@@ -147,6 +154,16 @@ class Record:
             if self.fd >= 0 and slot in self.slots:
                 self.slots.discard(slot)
                 unlock(self.fd, SLOTS + slot)
+
+    def share_slot(self, slot: int) -> int:
+        """Another descriptor that holds the slot by itself, for another process or for longer; the caller closes it."""
+        with self.lock:
+            self._require()
+            fd = os.open(f"/proc/self/fd/{self.fd}", os.O_RDWR | os.O_CLOEXEC)
+            if not try_lock(fd, SLOTS + slot, fcntl.F_RDLCK):
+                os.close(fd)
+                raise ObjectClosed(f"instance {slot} of the pipe {self.header.name!r} is not ours")
+            return fd
 
     def line(self, slot: int) -> Line:
         data = os.pread(self.fd, wire.LINE_SIZE, wire.line_at(slot)).ljust(wire.LINE_SIZE, b"\0")
@@ -192,7 +209,7 @@ class Record:
                 files.setdefault(int(found[1]), []).append(name)
         for slot, names in files.items():
             with self.lock:
-                if slot in self.slots or slot >= self.header.max_instances or not try_lock(self.fd, SLOTS + slot):
+                if slot in self.slots or slot >= wire.MAX_INSTANCES or not try_lock(self.fd, SLOTS + slot):
                     continue
                 try:
                     for name in names:
