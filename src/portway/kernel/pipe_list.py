@@ -64,8 +64,9 @@ class PipeInfo(NamedTuple):
 
 def list_pipes(*, root: str | os.PathLike[str] | None = None) -> list[PipeInfo]:
     """All that live, portway's first, by name. Errors: none; what cannot be read is left out."""
-    found = []
-    for place in Device("pipe", root).places():
+    found, device = [], Device("pipe", root)
+    device.tidy()
+    for place in device.places():
         found += list(_of(place))
     known = {one.dotnet_path for one in found if one.dotnet_state in ("ours", "closed")}
     return sorted(found, key=lambda one: one.name.lower()) + list(_foreign(known))
