@@ -4,7 +4,7 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do command 
 VENV ?= .venv
 BIN = $(VENV)/bin
 STAMP = $(VENV)/.built
-SOURCES = pyproject.toml setup.py $(wildcard src/portway/_native/*.pyx src/portway/_native/*.h)
+SOURCES = pyproject.toml setup.py $(wildcard $(addprefix src/portway/_native/*.,pyx pxd pxi h))
 
 .PHONY: build tour test lint types docs bench fuzz clean check
 

@@ -11,7 +11,7 @@ from setuptools import Extension, setup
 
 NATIVE = Path("src/portway/_native")
 CRASH = NATIVE / "sync_crash.pyx"
-HEADERS = [str(path) for path in sorted(NATIVE.glob("*.h"))]
+HEADERS = [str(path) for ending in ("h", "pxd", "pxi") for path in sorted(NATIVE.glob(f"*.{ending}"))]
 
 setup(
     ext_modules=cythonize(

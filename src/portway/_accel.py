@@ -9,11 +9,13 @@ import os
 from importlib import import_module
 from types import ModuleType
 
-__all__ = ["dotnet", "handoff", "name", "pipe", "sync", "view", "wake"]
+__all__ = ["aio", "dotnet", "handoff", "identity", "name", "pipe", "sync", "view", "wake"]
 
 handoff: ModuleType
 # Loaded when first used; futex words and guarded memory have no twin in Python, whatever PORTWAY_IMPL says.
+aio: ModuleType
 dotnet: ModuleType
+identity: ModuleType
 pipe: ModuleType
 sync: ModuleType
 view: ModuleType
@@ -34,7 +36,7 @@ except ImportError:
 
 
 def __getattr__(wanted: str) -> ModuleType:
-    if wanted not in ("dotnet", "pipe", "sync", "view", "wake"):
+    if wanted not in ("aio", "dotnet", "identity", "pipe", "sync", "view", "wake"):
         raise AttributeError(f"module 'portway._accel' has no attribute {wanted!r}")
     # the build with crash points is for tests: PORTWAY_CRASH_POINTS=1 builds it and chooses it
     crashing = wanted == "sync" and os.environ.get("PORTWAY_CRASH_POINTS")

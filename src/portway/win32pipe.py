@@ -58,7 +58,7 @@ ERROR_MORE_DATA, ERROR_PIPE_CONNECTED = 234, 535
 
 
 class PipeHandle:
-    """What CreateNamedPipe and CreateFile give. ``CloseHandle(handle)``, ``handle.Close()``, leaving ``with`` close it."""
+    """What CreateNamedPipe and CreateFile give. ``CloseHandle(handle)`` or leaving ``with`` closes it."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -84,6 +84,10 @@ class PipeHandle:
         self.closed = True
         if self.end is not None:
             self.end.close()
+
+    def __del__(self) -> None:
+        if not getattr(self, "closed", True):
+            self.Close()
 
     def __enter__(self) -> Self:
         return self

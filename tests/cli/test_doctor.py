@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 
 def test_doctor_tries_everything_here() -> None:
@@ -10,6 +12,19 @@ def test_doctor_tries_everything_here() -> None:
     found = {one["what"]: one for one in map(json.loads, done.stdout.splitlines())}
     assert {"take by pid", "push as a message", "yama", "reload of TCP listeners"} <= set(found)
     assert done.returncode == (0 if all(one["ok"] for one in found.values()) else 1)
+
+
+def test_doctor_says_that_a_root_of_ones_own_is_in_force(tmp_path: Path) -> None:
+    told = []
+    for env in ({}, {"PORTWAY_ROOT": str(tmp_path)}):
+        plain = {name: value for name, value in os.environ.items() if name != "PORTWAY_ROOT"}
+        done = subprocess.run(
+            [sys.executable, "-m", "portway", "doctor", "--json"], capture_output=True, text=True, env=plain | env
+        )
+        found = {one["what"]: one for one in map(json.loads, done.stdout.splitlines())}
+        told.append("PORTWAY_ROOT is set" in found["named objects"]["says"])
+        assert (str(tmp_path) in found["named objects"]["says"]) == told[-1]
+    assert told == [False, True]
 
 
 def test_doctor_says_what_a_seccomp_filter_forbids() -> None:

@@ -1,6 +1,8 @@
 """Runs scenarios in children that end themselves at a crash point. Its own process loads the build with crash points.
 
-A line in: ``scenario point skip``; a line out: ``killed``, ``done`` or the error.
+A line in: ``scenario point skip stop``; a line out: ``killed``, ``done`` or the error. With a `stop` that is not ``-``
+the child stops there first: ``stopped PID`` is answered, and the rest after somebody's SIGCONT. The argument, if there
+is one, is the uid the children have.
 """
 
 from __future__ import annotations
@@ -86,6 +88,22 @@ def all_of_many():
     wait_all([Semaphore.open("s"), Semaphore.open("s2"), Mutex.open("m"), Event.open("auto")], 0)
 
 
+def all_of_several_users():
+    wait_all([Semaphore.open(r"Global\first"), Semaphore.open(r"Global\second"), Mutex.open(r"Global\mutex")], 0)
+
+
+def all_local_and_global():
+    wait_all([Semaphore.open("mine"), Semaphore.open(r"Global\first")], 0)
+
+
+def all_with_two_mutexes():
+    """The test takes the second one while it is stopped."""
+    try:
+        wait_all([Semaphore.open("s"), Mutex.open("m"), Mutex.open("m2"), Semaphore.open("s2")], 0)
+    except errors.OperationTimeout:
+        pass
+
+
 def all_but_one():
     """All looked signalled, but the mutex is another's: nothing is taken."""
     try:
@@ -120,18 +138,26 @@ SCENARIOS = {name: work for name, work in list(globals().items()) if callable(wo
 
 def main() -> None:
     for line in sys.stdin:
-        name, point, skip = line.split()
+        name, point, skip, stop = line.split()
         pid = os.fork()
         if pid == 0:
             code = 1
             try:
-                native.crash_at(point.encode(), int(skip))
+                if sys.argv[1:]:
+                    os.setgroups([])
+                    os.setresgid(*[int(sys.argv[1])] * 3)
+                    os.setresuid(*[int(sys.argv[1])] * 3)
+                native.crash_at(point.encode(), int(skip), b"" if stop == "-" else stop.encode())
                 SCENARIOS[name]()
                 native.crash_at(b"none")
                 code = 0
             finally:
                 os._exit(code)
-        status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        ended = os.waitpid(pid, os.WUNTRACED)[1]
+        if os.WIFSTOPPED(ended):
+            print("stopped", pid, flush=True)
+            ended = os.waitpid(pid, 0)[1]
+        status = os.waitstatus_to_exitcode(ended)
         print({0: "done", -signal.SIGKILL: "killed"}.get(status, f"ended {status}"), flush=True)
 
 

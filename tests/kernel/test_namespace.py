@@ -6,6 +6,7 @@ import gc
 import multiprocessing
 import os
 import pickle
+import shutil
 import signal
 import socket
 import subprocess
@@ -291,6 +292,45 @@ def test_environment_does_not_matter(monkeypatch):
         subprocess.run([sys.executable, "-c", code], check=True, env=env, timeout=20)
         with Event.open(name) as event:
             assert event.is_set()
+
+
+def test_a_root_of_ones_own_is_met_by_those_who_name_it_too(tmp_path, monkeypatch):
+    mine = f"/dev/shm/pwtest-{os.getpid()}-own"
+    monkeypatch.setenv("PORTWAY_ROOT", mine)
+    try:
+        with Event("n"):
+            assert Event.open("n", root=mine).already_exists
+            monkeypatch.delenv("PORTWAY_ROOT")
+            with pytest.raises(errors.ObjectNotFound):
+                Event.open("n")
+            with pytest.raises(errors.InvalidAddress, match="255 bytes"):
+                Event("n", root="/dev/shm/" + "x" * 250)
+    finally:
+        shutil.rmtree(mine)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can make a set-uid program")
+def test_a_set_uid_program_does_not_look_at_the_environment(root):
+    """Who starts it would choose where its objects are; nor does it after it has become its user altogether."""
+    folder = f"/var/tmp/pwtest-{os.getpid()}"
+    os.mkdir(folder, 0o755)
+    os.chmod(folder, 0o755)
+    program = shutil.copy(os.path.realpath(sys.executable), folder)
+    os.chmod(program, 0o4755)
+    code = "import os; from portway.kernel.namespace import default_root as where; print(os.getuid(), os.geteuid())"
+    code += "\nprint(where()); os.setresuid(0, 0, 0); print(where())"
+    src = os.path.dirname(os.path.dirname(portway.__file__))
+    env = {"PORTWAY_ROOT": root, "PYTHONHOME": f"{sys.base_prefix}:{sys.base_exec_prefix}", "PYTHONPATH": src}
+    try:
+        done = subprocess.run(
+            [program, "-c", code], env=env, user=61234, group=61234, extra_groups=[], cwd="/", capture_output=True,
+            text=True, timeout=20,
+        )  # fmt: skip
+        if not done.stdout.startswith("61234 0\n"):
+            pytest.skip(f"set-uid programs do not work here: {done.stderr}")
+        assert root not in done.stdout and len(done.stdout.split()) == 4
+    finally:
+        shutil.rmtree(folder)
 
 
 def _folder(root) -> str:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import datetime
+import glob
 import os
+import subprocess
+import sys
 import time
 
 import pytest
@@ -103,6 +106,56 @@ def test_absolute(root):
         timer.wait(10)
         timer.set(datetime.datetime(1950, 1, 1))
         timer.wait(0)
+
+
+FAKETIME = next(iter(glob.glob("/usr/lib/*/faketime/libfaketime.so.1")), "")
+CLOCK_IS_SET = """if True:
+    import asyncio, datetime, os, portway, portway.aio, threading
+    def set_clock(offset):  # of this process alone: whatever asks the C library for the wall clock's time
+        with open(os.environ["FAKETIME_TIMESTAMP_FILE"] + ".new", "w") as file:
+            file.write(offset)
+        os.replace(file.name, os.environ["FAKETIME_TIMESTAMP_FILE"])
+    hour = datetime.timedelta(hours=1)
+    timer, relative = portway.WaitableTimer("t", manual_reset=True), portway.WaitableTimer()
+    never = portway.Event()
+
+    def ended_by_the_clock(wait):
+        timer.set(datetime.datetime.now() + hour)
+        relative.set(3000)
+        thread = threading.Thread(target=wait)
+        thread.start()
+        while timer.waiters != 1:
+            pass
+        set_clock("+3601")
+        thread.join()
+        assert timer.is_set() and timer.due == 0 and 2900 < relative.due <= 3000
+        set_clock("+0")
+        assert not timer.is_set() and 3500 < timer.due <= 3600, "back again"
+
+    ended_by_the_clock(lambda: timer.wait(20))
+    ended_by_the_clock(lambda: portway.wait_any([never, timer], 20))
+    ended_by_the_clock(lambda: portway.wait_all([timer], 20))
+    ended_by_the_clock(lambda: asyncio.run(portway.aio.WaitableTimer.open("t").wait(20)))
+
+    timer.set(datetime.datetime.now() + datetime.timedelta(seconds=0.3))
+    set_clock("-3600")
+    try:
+        timer.wait(0.6)
+        print("did not follow the clock back")
+    except portway.errors.OperationTimeout:
+        print("followed", round(timer.due / 60))
+"""
+
+
+@pytest.mark.skipif(not FAKETIME, reason="libfaketime is not installed: apt-get install libfaketime")
+def test_absolute_follows_a_wall_clock_that_is_set(root, tmp_path):
+    """The clock is set for one process only, by libfaketime; monotonic time goes on."""
+    path = tmp_path / "offset"
+    path.write_text("+0")
+    env = {"LD_PRELOAD": FAKETIME, "FAKETIME_TIMESTAMP_FILE": str(path), "FAKETIME_NO_CACHE": "1"}
+    env |= os.environ | {"FAKETIME_DONT_FAKE_MONOTONIC": "1", "DONT_FAKE_MONOTONIC": "1"}
+    done = subprocess.run([sys.executable, "-c", CLOCK_IS_SET], env=env, capture_output=True, text=True, timeout=60)
+    assert (done.stdout, done.stderr) == ("followed 60\n", "")
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root")

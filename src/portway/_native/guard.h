@@ -11,9 +11,11 @@ typedef void (*portway_body)(void *);
 static __thread sigjmp_buf *portway_point __attribute__((tls_model("initial-exec")));
 static __thread int portway_chaining __attribute__((tls_model("initial-exec")));
 static struct sigaction portway_previous;
+static int (*portway_hook)(void *); /* gets the address; 1: there is memory now */
 
 static void portway_on_bus(int number, siginfo_t *info, void *context) {
     sigjmp_buf *point = portway_point;
+    if (info->si_code > 0 && portway_hook && portway_hook(info->si_addr)) return;
     if (point != NULL && info->si_code > 0) { /* > 0: a fault of this thread, not a signal somebody sent */
         portway_point = NULL;
         siglongjmp(*point, 1);

@@ -3,3 +3,4 @@ ctypedef void (*body_t)(void *) noexcept nogil
 
 cdef int guarded(body_t body, void *argument) noexcept nogil
 cdef int install() noexcept nogil
+cdef void hook(int (*)(void *) noexcept nogil) noexcept nogil

@@ -9,6 +9,7 @@ body of `guarded`; faults elsewhere go to the handler that was installed before 
 cdef extern from "guard.h" nogil:
     ctypedef void (*portway_body)(void *)
     int portway_guard_install()
+    int (*portway_hook)(void *)
     int portway_guarded(portway_body, void *)
 
 
@@ -18,3 +19,9 @@ cdef int guarded(body_t body, void *argument) noexcept nogil:
 
 cdef int install() noexcept nogil:
     return portway_guard_install()
+
+
+cdef void hook(int (*heals)(void *) noexcept nogil) noexcept nogil:
+    """Asked first, with the address: 1 when it has put memory there (`sync`: the pages of its objects)."""
+    global portway_hook
+    portway_hook = heals

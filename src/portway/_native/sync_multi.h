@@ -1,12 +1,11 @@
-/* Waits for several objects, transactions, recovery, and the life of a body.
+/* Waits for several objects.
  *
  * wait-all changes several pages as one step: each gets a redo record, the lowest one (the coordinator) the list of all;
- * then one store there, `decided`, makes it so. Who finds L marked by its owner's death resolves the record: apply when
- * the coordinator has decided that transaction, else drop. The coordinator itself first resolves all it lists, so that
- * its `decided` stands as long as anybody needs it. Locks are taken in (device, inode) order, always. */
+ * then one store there, `decided`, makes it so. Who finds L marked by its owner's death resolves the record: see
+ * sync_recover.h. Locks are taken in one order, always, see pw_below. */
 #ifndef PORTWAY_SYNC_MULTI_H
 #define PORTWAY_SYNC_MULTI_H
-#include "sync_core.h"
+#include "sync_mutex.h"
 
 #define PW_MAX 64
 
@@ -23,7 +22,13 @@ typedef struct {
 
 static uint64_t pw_txn;
 
-static int pw_below(pw_body *a, pw_body *b) { return a->dev != b->dev ? a->dev < b->dev : a->ino < b->ino; }
+/* The order of locking. The coordinator is the lowest, and whoever repairs must read it: so Global objects that everyone
+ * may open come first, Local ones last. (`rank` is made of the file's mode; one that was changed meanwhile costs order,
+ * no deadlock: nobody sleeps while it holds another lock.) */
+static int pw_below(pw_body *a, pw_body *b) {
+    if (a->rank != b->rank) return a->rank < b->rank;
+    return a->dev != b->dev ? a->dev < b->dev : a->ino < b->ino;
+}
 
 static void pw_many_sort(pw_many *many) {
     int i, at;
@@ -51,12 +56,19 @@ static void pw_unlock_many(pw_many *many, int count) {
 static int pw_lock_many(pw_many *many, pw_thread *me, int64_t at) {
     int i, wrong;
     for (i = 0; i < many->distinct; i++) {
-        wrong = many->sorted[i]->kind == PW_MUTEX ? pw_L_lock(many->sorted[i], me, at) : pw_begin(many->sorted[i], me, at);
-        if (wrong) {
-            pw_unlock_many(many, i);
-            return wrong;
-        }
+        pw_body *b = many->sorted[i];
+        if (pw_L_brief(b, me)) continue;
+        pw_unlock_many(many, i); /* nobody waits for those because of this one, no handler finds them locked */
+        wrong = pw_L_lock(b, me, at);
+        if (wrong) return wrong;
+        pw_L_unlock(b);
+        i = -1;
     }
+    for (i = 0; i < many->distinct; i++)
+        if (many->sorted[i]->kind != PW_MUTEX && !pw_sane(many->sorted[i])) {
+            pw_unlock_many(many, many->distinct);
+            return PW_CORRUPT;
+        }
     return PW_OK;
 }
 
@@ -111,9 +123,10 @@ static int pw_take_any(pw_many *many, pw_thread *me) {
     return 0;
 }
 
-static void pw_note_redo(pw_body *b, pw_thread *me, pw_body *coordinator, uint64_t after, uint64_t txn) {
+static void pw_note_redo(pw_body *b, pw_thread *me, pw_body *coordinator, int index, uint64_t after, uint64_t txn) {
     pw_page *page = b->page;
-    page->redo_value = after;
+    page->redo_index = (uint32_t)index;
+    page->redo_value = b->kind == PW_MUTEX ? PW_LOAD(page->phase) : after;
     page->redo_old = PW_LOAD(page->S);
     page->redo_owner = pw_mine(b, me);
     memcpy(page->redo_coordinator, coordinator->hash, 16);
@@ -131,6 +144,7 @@ static void pw_list_participants(pw_body *coordinator, pw_body **changed, int co
         scopes |= (uint64_t)(changed[i]->scope != 0) << i;
     }
     coordinator->page->scopes = scopes;
+    coordinator->page->uid = (uint32_t)geteuid();
     coordinator->page->participants = (uint32_t)count;
     PW_CRASH("all.listed");
 }
@@ -138,10 +152,7 @@ static void pw_list_participants(pw_body *coordinator, pw_body **changed, int co
 static void pw_undo(pw_body **changed, int count, pw_thread *me, uint64_t owner, const int *taken) {
     int i;
     for (i = 0; i < count; i++)
-        if (taken[i] && pw_owned(changed[i], me, owner)) {
-            pw_mutex_free(changed[i], me, changed[i]->page->redo_old & PW_DIED);
-            PW_CRASH("all.undone");
-        }
+        if (taken[i] && pw_owned(changed[i], me, owner)) pw_mutex_undo(changed[i], me);
     for (i = count - 1; i >= 0; i--) PW_STORE(changed[i]->page->redo_txn, 0);
 }
 
@@ -152,7 +163,7 @@ static int pw_commit(pw_body **changed, uint64_t *after, int count, pw_thread *m
     int taken[PW_MAX] = {0}, i, ignored;
     if (count == 1) return pw_take_one(first, me, owner, after[0], &abandoned[0]);
     pw_list_participants(first, changed, count);
-    for (i = 0; i < count; i++) pw_note_redo(changed[i], me, first, after[i], txn);
+    for (i = 0; i < count; i++) pw_note_redo(changed[i], me, first, i, after[i], txn);
     for (i = 0; i < count; i++) {
         if (changed[i]->kind != PW_MUTEX) continue;
         taken[i] = pw_take_one(changed[i], me, owner, 0, &abandoned[i]);
@@ -275,239 +286,5 @@ static int pw_many_wait(pw_many *many, int64_t at, uint32_t *alert) {
     }
     for (i = 0; slept && i < many->distinct; i++) pw_waiting(many->sorted[i], -1);
     return wrong;
-}
-
-/* ---- bodies ---- */
-
-static void pw_free(pw_body *b) {
-    pw_body **at;
-    for (at = &pw_bodies; *at; at = &(*at)->next)
-        if (*at == b) {
-            __atomic_store_n(at, b->next, __ATOMIC_SEQ_CST);
-            break;
-        }
-    munmap(b->slots, 6 * PW_PAGE);
-    free(b);
-}
-
-static void pw_unpin(pw_body *b) {
-    if (--b->pins == 0 && b->closing) pw_free(b);
-}
-
-static int pw_native_here(pw_body *b) {
-    return !pw_slices && pw_self()->head && b->home && b->home == pw_home;
-}
-
-/* Maps an object's page, the holders before it and a private page behind it. NULL: errno. */
-static pw_body *pw_map(int fd, int slot, int kind, int manual, uint64_t home) {
-    struct stat info;
-    uint8_t *at;
-    pw_body *b = calloc(1, sizeof *b);
-    if (!b || fstat(fd, &info) != 0 || info.st_size < 5 * PW_PAGE) {
-        if (b) errno = EIO;
-        free(b);
-        return NULL;
-    }
-    at = mmap(NULL, 6 * PW_PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (at == MAP_FAILED ||
-        mmap(at, 4 * PW_PAGE, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, fd, PW_PAGE) == MAP_FAILED ||
-        mmap(at + 4 * PW_PAGE, PW_PAGE, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, fd, 0) == MAP_FAILED) {
-        int wrong = errno;
-        if (at != MAP_FAILED) munmap(at, 6 * PW_PAGE);
-        free(b);
-        errno = wrong;
-        return NULL;
-    }
-    b->slots = (uint32_t *)at;
-    b->page = (pw_page *)(at + 4 * PW_PAGE);
-    b->nodes = (pw_private *)(at + 5 * PW_PAGE);
-    *(volatile char *)b->nodes = 0; /* its memory is there before it is needed */
-    b->fd = fd, b->slot = slot, b->kind = kind, b->manual = manual, b->home = home;
-    b->dev = (uint64_t)info.st_dev, b->ino = (uint64_t)info.st_ino;
-    b->native = pw_native_here(b);
-    b->next = pw_bodies;
-    __atomic_store_n(&pw_bodies, b, __ATOMIC_SEQ_CST);
-    return b;
-}
-
-/* The new holder of a slot: whatever its last holder owned by it is abandoned. */
-static void pw_take_over_slot(pw_body *b) {
-    uint32_t S = PW_LOAD(b->page->S), L = PW_LOAD(b->page->L), mine = PW_SLOT | (uint32_t)b->slot;
-    if (b->kind == PW_MUTEX && (S & PW_TID) == mine) pw_mark_dead(&b->page->S, S);
-    if ((L & PW_TID) == mine) pw_mark_dead(&b->page->L, L);
-    b->slots[4 * b->slot + 1] = 0;
-}
-
-/* A last close. A mutex of this thread is abandoned; one of another thread that lives keeps its memory, as the kernel
- * will look there when that thread ends. */
-static void pw_close(pw_body *b) {
-    pw_thread *me = pw_self();
-    if (b->kind == PW_MUTEX && b->owner) {
-        uint32_t S = PW_LOAD(b->page->S);
-        if (b->owner_thread == me->serial) pw_mutex_abandon(b);
-        else if (b->native && (S & PW_TID) == b->owner_tid) return;
-        else if (!b->native && (S & PW_TID) == pw_mine(b, me)) pw_mark_dead(&b->page->S, S);
-    }
-    b->closing = 1;
-    if (b->pins == 0) pw_free(b);
-}
-
-static void pw_thread_ended(void *thread) {
-    pw_thread *me = thread;
-    pw_body *b;
-    while ((b = me->held) != NULL) {
-        uint32_t S = PW_LOAD(b->page->S);
-        me->held = b->held;
-        if ((S & PW_TID) == (PW_SLOT | (uint32_t)b->slot)) pw_mark_dead(&b->page->S, S);
-    }
-}
-
-/* In a fork child: it owns nothing, its descriptors have slots of their own, its thread has a new id. */
-static void pw_in_child(void) {
-    pw_body *b;
-    memset(&pw_me, 0, sizeof pw_me);
-    pw_home = pw_pid_namespace();
-    pw_txn ^= (uint64_t)getpid() << 40 ^ (uint64_t)pw_clock(0);
-    for (b = pw_bodies; b; b = b->next) {
-        b->owner = b->owner_thread = 0;
-        b->count = 0;
-        b->l_busy = b->pins = 0;
-        b->held = NULL;
-        memset(b->nodes, 0, sizeof *b->nodes);
-        b->slot = pw_hold_slot(b->fd, 0);
-        if (b->slot < 0) b->broken = 1;
-        b->native = pw_native_here(b);
-        if (b->slot >= 0) pw_take_over_slot(b);
-    }
-}
-
-/* ---- recovery; under L of b ---- */
-
-static pw_body *pw_temporary(pw_body *by, int scope, const uint8_t *hash) {
-    char path[320];
-    struct { uint8_t magic[8]; uint32_t version, kind, flags, length; uint64_t home; } head;
-    pw_body *b;
-    int fd, i, slot, at = snprintf(path, sizeof path - 34, "%s/", by->folder[scope != 0]);
-    if (!by->folder[scope != 0][0]) return NULL;
-    for (i = 0; i < 16; i++) at += sprintf(path + at, "%02x", hash[i]);
-    fd = open(path, O_RDWR | O_CLOEXEC | O_NOFOLLOW | O_NONBLOCK);
-    if (fd < 0) return NULL;
-    for (slot = 0; slot < PW_HOLDERS && pw_ofd(fd, F_WRLCK, PW_FIRST + slot) != 0; slot++) {}
-    b = NULL;
-    if (slot < PW_HOLDERS && pread(fd, &head, sizeof head, 0) == (ssize_t)sizeof head &&
-        memcmp(head.magic, "PWOBJECT", 8) == 0 && head.version == 1 && head.kind >= PW_MUTEX && head.kind <= PW_TIMER)
-        b = pw_map(fd, slot, (int)head.kind, (int)(head.flags & 1), head.home);
-    if (!b) {
-        close(fd);
-        return NULL;
-    }
-    memcpy(b->hash, hash, 16);
-    memcpy(b->folder, by->folder, sizeof b->folder);
-    b->scope = scope != 0;
-    pw_take_over_slot(b);
-    return b;
-}
-
-static void pw_temporary_end(pw_body *b) {
-    int fd = b->fd;
-    pw_free(b);
-    close(fd);
-}
-
-static pw_body *pw_known(pw_body *by, int scope, const uint8_t *hash) {
-    pw_body *b;
-    for (b = pw_bodies; b; b = b->next)
-        if (!b->closing && b->scope == (scope != 0) && memcmp(b->hash, hash, 16) == 0 &&
-            strcmp(b->folder[scope != 0], by->folder[scope != 0]) == 0)
-            return b;
-    return NULL;
-}
-
-static int pw_has_decided(pw_body *by, int scope, const uint8_t *hash, uint64_t txn) {
-    pw_body *known = pw_known(by, scope, hash), *b = known ? known : pw_temporary(by, scope, hash);
-    int decided = b && PW_LOAD(b->page->decided) == txn;
-    if (b && !known) pw_temporary_end(b);
-    return decided;
-}
-
-static void pw_resolve(pw_body *b, int decided) {
-    pw_page *page = b->page;
-    uint32_t S = PW_LOAD(page->S), old = page->redo_old & PW_DIED;
-    PW_CRASH("recover.before");
-    if (b->kind != PW_MUTEX) {
-        if (decided && !b->manual) pw_set_value(b, page->redo_value);
-    } else if (!decided && ((S & PW_TID) == (page->redo_owner & PW_TID) || (!(S & PW_TID) && (S & PW_DIED)))) {
-        if (pw_cas(&page->S, S, (S & PW_W) | old) && (S & PW_W)) pw_futex_wake(&page->S, 1);
-    }
-    PW_CRASH("recover.applied");
-    PW_STORE(page->redo_txn, 0);
-}
-
-/* b is the coordinator: everything it lists is resolved before it may be used again. */
-static int pw_finish_others(pw_body *b, uint64_t txn, int decided) {
-    uint32_t count = b->page->participants, i;
-    uint64_t scopes = b->page->scopes;
-    pw_thread *me = pw_self();
-    for (i = 1; i < count && i < PW_MAX; i++) {
-        int scope = (int)(scopes >> i & 1), wrong;
-        uint8_t hash[16];
-        pw_body *known, *one;
-        memcpy(hash, b->page->participant[i], 16);
-        known = pw_known(b, scope, hash);
-        one = known ? known : pw_temporary(b, scope, hash);
-        if (!one) continue;
-        wrong = PW_OK;
-        if (pw_below(b, one) && PW_LOAD(one->page->redo_txn) == txn) { /* only in locking order, whatever the page says */
-            wrong = pw_L_lock(one, me, PW_NEVER); /* resolves it by itself if the owner's death marked it */
-            if (wrong == PW_OK) {
-                if (PW_LOAD(one->page->redo_txn) == txn) pw_resolve(one, decided);
-                pw_L_unlock(one);
-            }
-        }
-        if (!known) pw_temporary_end(one);
-        if (wrong) return wrong;
-        PW_CRASH("recover.one");
-    }
-    return PW_OK;
-}
-
-static int pw_recover(pw_body *b) {
-    uint64_t txn = PW_LOAD(b->page->redo_txn);
-    uint8_t hash[16];
-    int decided, wrong;
-    if (txn == 0) return PW_OK;
-    memcpy(hash, b->page->redo_coordinator, 16);
-    if (memcmp(hash, b->hash, 16) == 0) {
-        decided = PW_LOAD(b->page->decided) == txn;
-        wrong = pw_finish_others(b, txn, decided);
-        if (wrong) {
-            b->page->redo_txn = txn;
-            return wrong;
-        }
-    } else
-        decided = pw_has_decided(b, (int)b->page->redo_scope, hash, txn);
-    pw_resolve(b, decided);
-    return PW_OK;
-}
-
-/* ---- once per process ---- */
-
-static int pw_load(int slices, int old_kernel) {
-    struct sigaction action;
-    pw_waiter one;
-    uint32_t word = 1;
-    pw_slices = slices;
-    pw_old_kernel = old_kernel;
-    pw_home = pw_pid_namespace();
-    pw_txn = ((uint64_t)getpid() << 40 ^ (uint64_t)pw_clock(1)) | 1;
-    if (pthread_key_create(&pw_end_of_thread, pw_thread_ended) != 0 || pw_fork_arm() != 0) return -1;
-    pw_waiter_set(&one, &word, 0, 1);
-    pw_waitv = pw_futex_waitv(&one, 1, 0) == EAGAIN;
-    pw_child_hook = pw_in_child;
-    memset(&action, 0, sizeof action);
-    action.sa_sigaction = pw_on_bus;
-    action.sa_flags = SA_SIGINFO | SA_ONSTACK;
-    sigaction(SIGBUS, &action, &pw_bus_before);
-    return 0;
 }
 #endif

@@ -32,10 +32,15 @@
 #define PW_LOOK 0xc0000000u
 
 enum { PW_MUTEX = 1, PW_SEMAPHORE, PW_EVENT, PW_TIMER };
-enum { PW_OK, PW_ABANDONED, PW_TIMEOUT, PW_ALERTED, PW_NOT_OWNER, PW_TOO_MANY, PW_CORRUPT, PW_STUCK, PW_CLOSED };
+enum {
+    PW_OK, PW_ABANDONED, PW_TIMEOUT, PW_ALERTED, PW_NOT_OWNER, PW_TOO_MANY, PW_CORRUPT, PW_STUCK, PW_CLOSED, PW_DENIED,
+    PW_SIGNALLED /* never leaves the headers: a signal came while a lock was held */
+};
 #define PW_NEVER INT64_MAX
 #define PW_PAGE 4096
+#define PW_ROOT 256 /* bytes of a root's path */
 #define PW_MS 1000000LL
+#define PW_KEPT 28
 
 typedef struct {
     int64_t due, period;
@@ -47,14 +52,15 @@ typedef struct {
     uint8_t common[0x800];
     uint64_t decided; /* the last transaction this object decided, as coordinator */
     uint64_t scopes;  /* bit i: participant i is Global */
-    uint32_t participants, spare0;
+    uint32_t participants, uid; /* uid: whose Local objects those not Global are */
     uint64_t spare1;
     uint8_t participant[64][16]; /* file names, binary, in locking order */
-    uint8_t gap1[0xe00 - 0xc20];
-    uint64_t redo_txn, redo_value; /* what the transaction makes of this object */
+    struct { uint64_t txn, mask; } kept[PW_KEPT]; /* decided, with participants that the recoverer might not open */
+    uint8_t gap1[0xe00 - 0xc20 - 16 * PW_KEPT];
+    uint64_t redo_txn, redo_value; /* redo_value: what the transaction makes of this object; of a mutex: its phase */
     uint8_t redo_coordinator[16];
     uint32_t redo_scope, redo_old; /* redo_old: S of a mutex before it */
-    uint32_t redo_owner, spare4;   /* what the transaction writes into S */
+    uint32_t redo_owner, redo_index; /* what the transaction writes into S; our place in the coordinator's list */
     uint8_t gap2[0xe40 - 0xe30];
     pw_cfg timer[2];
     uint32_t timer_now, spare2;
@@ -63,8 +69,12 @@ typedef struct {
     uint32_t bell, multi; /* multi-object and asyncio waits sleep on the bell */
     uint64_t value;       /* semaphore: count; event: signalled | grants << 1 | epoch << 32 */
     uint8_t gap4[0xfe8 - 0xfd0];
-    uint32_t S;
-    uint32_t phase; /* of the sleepers on S, by its lowest bit */
+    union {
+        struct {
+            uint32_t S, phase; /* phase: of the sleepers on S, by its lowest bit; of a mutex: how often it was undone */
+        };
+        uint64_t S_phase;
+    };
     uint32_t gap5[2];
     uint32_t L;
     uint32_t gap6;
@@ -86,33 +96,51 @@ typedef struct pw_body {
     pw_private *nodes;
     uint64_t owner, owner_thread; /* this process's owner of the mutex, 0: none. Never read from the page */
     uint32_t owner_tid, count;
-    int native, broken, l_busy, fd, slot, kind, manual, scope, pins, closing;
+    int native, broken, l_busy, fd, slot, kind, manual, scope, pins, closing, temporary;
+    int rank; /* see pw_below */
     int luck, tries; /* whether giving up the core once has been worth it, see pw_give_way */
     uint64_t dev, ino, home;
+    uint32_t uid; /* of the file */
     uint8_t hash[16];
-    char folder[2][256]; /* Local, Global */
-    struct pw_body *next, *held; /* all of the process; those the thread owns by slot */
+    char root[PW_ROOT];
+    struct pw_body *next, *spare; /* all of the process; those free to be used again */
+    struct pw_body *held;         /* those the thread owns by slot */
+    struct pw_thread *held_by;
 } pw_body;
 
-typedef struct {
+/* A call, or a wait for several objects, that is going on: their memory stays although the last handle is closed. */
+typedef struct pw_use {
+    struct pw_use *next, **at;
+    pw_body **bodies;
+    int count;
+    uint64_t serial; /* the thread's */
+} pw_use;
+
+typedef struct pw_thread {
     uint64_t serial; /* of this thread, never used again; 0: not asked yet */
     uint32_t tid;
-    int main;
+    int main, recovering;
     struct robust_list_head *head;
     pw_body *held;
 } pw_thread;
 
 static __thread pw_thread pw_me __attribute__((tls_model("initial-exec")));
 static uint64_t pw_serials = 1;
-static pw_body *pw_bodies;
+static pw_body *pw_bodies, *pw_spares;
+static pw_use *pw_uses;
 static int pw_slices, pw_waitv = 1, pw_old_kernel; /* see pw_load */
 static uint64_t pw_home;
+static pthread_mutex_t pw_held_lock = PTHREAD_MUTEX_INITIALIZER; /* pw_thread.held and pw_body.held */
 static pthread_key_t pw_end_of_thread;
 
 #ifdef PORTWAY_CRASH_POINTS
-static const char *pw_crash_name;
+static const char *pw_crash_name, *pw_stop_name;
 static long pw_crash_skip;
 static void pw_crash(const char *name) {
+    if (pw_stop_name && strcmp(pw_stop_name, name) == 0) { /* once; others act meanwhile, then SIGCONT */
+        pw_stop_name = NULL;
+        kill(getpid(), SIGSTOP);
+    }
     if (pw_crash_name && strcmp(pw_crash_name, name) == 0 && pw_crash_skip-- == 0) {
         kill(getpid(), SIGKILL);
         for (;;) pause();
@@ -248,26 +276,16 @@ static int pw_signals(pw_thread *me) {
 
 /* ---- a page that was cut: SIGBUS becomes a zero page and a mark ---- */
 
-static struct sigaction pw_bus_before;
-
-static void pw_on_bus(int number, siginfo_t *info, void *context) {
-    uintptr_t at = (uintptr_t)info->si_addr;
+/* The guard's hook (guard.h). Bodies are never given back to malloc: this may run while another thread frees one. */
+static int pw_heal(void *address) {
+    uintptr_t at = (uintptr_t)address;
     pw_body *b;
-    if (info->si_code > 0)
-        for (b = pw_bodies; b; b = b->next)
-            if (at >= (uintptr_t)b->slots && at < (uintptr_t)b->nodes) {
-                b->broken = 1;
-                if (mmap((void *)(at & ~(uintptr_t)(PW_PAGE - 1)), PW_PAGE, PROT_READ | PROT_WRITE,
-                         MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0) != MAP_FAILED)
-                    return;
-            }
-    if (pw_bus_before.sa_flags & SA_SIGINFO)
-        pw_bus_before.sa_sigaction(number, info, context);
-    else if (pw_bus_before.sa_handler != SIG_DFL && pw_bus_before.sa_handler != SIG_IGN)
-        pw_bus_before.sa_handler(number);
-    else {
-        signal(number, SIG_DFL);
-        if (info->si_code <= 0) raise(number);
-    }
+    for (b = pw_bodies; b; b = b->next)
+        if (at >= (uintptr_t)b->slots && at < (uintptr_t)b->nodes) {
+            b->broken = 1;
+            return mmap((void *)(at & ~(uintptr_t)(PW_PAGE - 1)), PW_PAGE, PROT_READ | PROT_WRITE,
+                        MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0) != MAP_FAILED;
+        }
+    return 0;
 }
 #endif

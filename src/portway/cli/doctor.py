@@ -86,6 +86,8 @@ def _objects() -> Finding:
     room = os.statvfs(root)
     size, free = room.f_blocks * room.f_frsize >> 20, room.f_bavail * room.f_frsize >> 20
     says = f"in {root}: {size} MB, {free} MB free"
+    if os.environ.get("PORTWAY_ROOT") == root:
+        says += "; PORTWAY_ROOT is set: only programs that have it too meet these objects"
     if size <= 64:
         says += "; Docker's default, enlarge it with --shm-size"
     if root == "/dev/shm" and os.getuid() >= 1000 and _removes_ipc():

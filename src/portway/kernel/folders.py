@@ -9,6 +9,7 @@ import errno
 import os
 import stat
 
+from .._accel import sync as _native
 from ..errors import AccessDenied
 from .process import user_name
 
@@ -16,9 +17,10 @@ __all__ = ["check_folder", "default_root", "given_root", "make_folder"]
 
 
 def given_root() -> str | None:
-    """``PORTWAY_ROOT``, a world of one's own for tests; a set-uid program does not look at it."""
-    if os.getuid() == os.geteuid() and os.getgid() == os.getegid():
-        return os.environ.get("PORTWAY_ROOT") or None
+    """``PORTWAY_ROOT``, a world of one's own; not for a set-uid program, even after it has changed its uid."""
+    given = os.environ.get("PORTWAY_ROOT")
+    if given and not _native.runs_for_another():
+        return given
     return None
 
 

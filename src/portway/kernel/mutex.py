@@ -2,7 +2,7 @@
 
 The state is one word that the kernel watches (a robust futex): when the owner's thread ends without releasing, whether
 it returned, its process ran ``exec`` or was killed, the next owner gets it at once and is told. The class is native
-(`_native/sync.pyx`), here are its types.
+(`_native/sync_mutex.pxi`), here are its types.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from .security import Security
 
     class Mutex:
-        """See `_native/sync.pyx`."""
+        """See `_native/sync_mutex.pxi`."""
 
         kind: ClassVar[Kind]
         abandoned: bool

@@ -29,6 +29,7 @@ from .._accel import sync as _native
 from ..errors import (
     AccessDenied,
     AlreadyExists,
+    InvalidAddress,
     InvalidHandle,
     NotEnoughMemory,
     NotSupported,
@@ -47,17 +48,18 @@ from .objectfile import (
     ObjectFile,
     claim_slot,
     full,
-    gate,
     pack_header,
     read_header,
     remove,
 )
+from .ofdlock import gate
 from .process import user_name
 
 __all__ = ["Entry", "Kind", "MAX_NAME", "Name", "Namespace", "ObjectFile", "check_folder", "default_root", "parse_name"]
 
 MIN_SIZE = objectfile.FREE_PAGES
 ATTEMPTS = 1000
+MAX_ROOT = 255
 
 
 def default_root() -> str:
@@ -90,6 +92,8 @@ class Namespace:
 
     def __init__(self, root: str | os.PathLike[str] | None = None) -> None:
         self.root = os.path.abspath(os.fspath(root) if root is not None else default_root())
+        if len(os.fsencode(self.root)) > MAX_ROOT:
+            raise InvalidAddress(f"root {self.root!r} has more than {MAX_ROOT} bytes", hint="use a shorter path")
 
     def folder(self, scope: str, make: bool = True) -> str:
         """The checked folder of ``Local`` or ``Global``; made when it is missing (`ObjectNotFound` with make=False)."""
@@ -160,7 +164,7 @@ class Namespace:
 
     def open_path(self, kind: Kind, path: str, number: int) -> ObjectFile:
         """One object by its file, as a pickled handle names it; `ObjectNotFound` when it is gone or another by now."""
-        scope = "Global" if os.path.basename(os.path.dirname(path)) == "portway-global" else "Local"
+        scope = scope_of(path)
         if os.path.dirname(path) != self.folder(scope, make=False):
             raise AccessDenied(f"{path} does not belong to this user's objects")
         found = self._open(path, kind, None, scope)
@@ -262,6 +266,10 @@ _AGAIN = ObjectFile.__new__(ObjectFile)
 _AGAIN.fd = -1
 
 
+def scope_of(path: str) -> str:
+    return "Global" if os.path.basename(os.path.dirname(path)) == "portway-global" else "Local"
+
+
 def _is_ours(file: str) -> bool:
     return len(file) == 32 and not file.strip("0123456789abcdef")
 
@@ -292,9 +300,14 @@ def _join(fd: int, path: str, kind: Kind | None, name: Name | None, scope: str, 
     with _lock:
         known = _open.get((info.st_dev, info.st_ino))
         if known is not None and info.st_nlink:
-            _check(known.header, kind, name, path)
-            known.references += 1
-            return known
+            known.references += 1  # first of all: a handle collected from here on does not take it away
+            if known.fd >= 0:
+                try:
+                    _check(known.header, kind, name, path)
+                except BaseException:
+                    release(known)
+                    raise
+                return known
         with gate(fd, path, writable):
             if os.fstat(fd).st_nlink == 0:
                 return _AGAIN
@@ -373,8 +386,19 @@ def release(one: ObjectFile) -> None:
         if one.references > 0 or one.fd < 0:
             return
         _open.pop(one.key, None)
-        if one.sync is not None:
-            one.sync.close()
+        try:
+            if one.sync is not None:
+                one.sync.settle()  # may run a signal handler
+        finally:
+            if one.sync is None or one.sync.close(lambda: _leave_late(one)):
+                one.leave()
+            else:
+                one.unname()
+
+
+def _leave_late(one: ObjectFile) -> None:
+    """A thread had gone on waiting for an object whose last handle was closed: now it holds it no more."""
+    with _lock:
         one.leave()
 
 
@@ -410,6 +434,7 @@ def _in_child() -> None:
     """A fork child has holds of its own (made by the native guard); its ends are those of another process."""
     global _lock, _armed
     _lock = threading.RLock()
+    _native.finish_closed()
     util = sys.modules.get("multiprocessing.util")
     if util is not None and _armed:
         util.register_after_fork(_finalizer, _Finalizer.arm)

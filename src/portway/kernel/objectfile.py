@@ -21,7 +21,7 @@ Layout, little-endian. Page 0 is common to all kinds; everything in it was writt
 **Who holds it** is told by the kernel, not by the page: a process holds byte ``16 + slot`` by an open-file-description
 lock as long as it has a handle. Byte 0 is the gate, locked to join and to leave. No slot locked: every holder is gone,
 and whoever meets the file removes it. A process has one descriptor, one slot and one `ObjectFile` per object; its
-handles share them and count. A fork child gets a descriptor and a slot of its own (`_native/sync.pyx`).
+handles share them and count. A fork child gets a descriptor and a slot of its own (`_native/sync_fork.h`).
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from ..errors import (
     TooManyDescriptors,
     TooManyHolders,
 )
-from .ofdlock import gate, locked_from, try_lock, unlock
+from .ofdlock import all_locked, gate, locked_from, try_lock, unlock
 from .process import start_time
 
 if TYPE_CHECKING:
@@ -143,13 +143,12 @@ def held_by_others(fd: int) -> bool:
 
 def holders_of(fd: int) -> list[Holder]:
     """All live holders, seen through a descriptor that holds no slot itself; at most `MAX_HOLDERS`."""
-    found, at = [], FIRST
-    while at < FIRST + MAX_HOLDERS and (hit := locked_from(fd, at, FIRST + MAX_HOLDERS - at)) is not None:
-        slot = hit - FIRST
+    found = []
+    for at in all_locked(fd, FIRST, MAX_HOLDERS):
+        slot = at - FIRST
         data = os.pread(fd, _SLOT.size, SLOTS + slot * _SLOT.size).ljust(_SLOT.size, b"\0")
         pid, waiting, start = _SLOT.unpack(data)
         found.append(Holder(slot, pid, waiting, start))
-        at = hit + 1
     return found
 
 
@@ -193,6 +192,15 @@ class ObjectFile:
             raise ObjectClosed("this object is closed")
         with reopened(self.fd) as other:
             return holders_of(other)
+
+    def unname(self) -> None:
+        """Removes the name if no other process has the object open; ours goes on holding it for a call in progress."""
+        try:
+            with gate(self.fd, self.path, self.writable):
+                if not held_by_others(self.fd):
+                    remove(self.fd, self.path)
+        except OperationTimeout:
+            pass
 
     def leave(self) -> None:
         """Gives the hold back; the last holder removes the name. Called once, by the registry of `namespace`."""

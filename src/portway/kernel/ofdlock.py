@@ -15,7 +15,7 @@ from contextlib import contextmanager
 
 from ..errors import OperationTimeout, TooManyHolders
 
-__all__ = ["GATE", "gate", "locked_from", "try_lock", "unlock"]
+__all__ = ["GATE", "all_locked", "gate", "locked_from", "try_lock", "unlock"]
 
 GATE = 0
 _PATIENCE = 5.0
@@ -44,9 +44,29 @@ def unlock(fd: int, start: int) -> None:
 
 
 def locked_from(fd: int, start: int, length: int) -> int | None:
-    """The first byte at or after `start` that another description has locked; None when none of `length` is."""
+    """One byte of the range that another description has locked, not always the first; None when none is."""
     kind, _, at, _, _ = _FLOCK.unpack(_lock(fd, fcntl.F_OFD_GETLK, fcntl.F_WRLCK, start, length))
     return None if kind == fcntl.F_UNLCK else max(at, start)
+
+
+def all_locked(fd: int, start: int, length: int) -> list[int]:
+    """Every byte of the range that other descriptions have locked, in order.
+
+    The kernel tells of one conflicting lock, not of the lowest, and joins neighbouring ones of one owner.
+    """
+    found: set[int] = set()
+    ranges = [(start, start + length)]
+    while ranges:
+        low, high = ranges.pop()
+        if low >= high:
+            continue
+        kind, _, at, size, _ = _FLOCK.unpack(_lock(fd, fcntl.F_OFD_GETLK, fcntl.F_WRLCK, low, high - low))
+        if kind == fcntl.F_UNLCK:
+            continue
+        first, last = max(at, low), min(at + size, high) if size else high
+        found.update(range(first, last))
+        ranges += [(low, first), (last, high)]
+    return sorted(found)
 
 
 @contextmanager

@@ -7,12 +7,12 @@ was sent in part is marked as abandoned.
 from __future__ import annotations
 
 import asyncio
-from collections import deque
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
 
+from .._accel import aio as _native
 from ..errors import (
     AccessDenied,
     BadPipe,
@@ -45,10 +45,8 @@ class AsyncPipeEnd:
         self.timeout = end.timeout
         self._loop = asyncio.get_running_loop()
         self._fd = end.fileno()
-        self._nowait = end.receive_nowait
-        self._receivers: deque[tuple[asyncio.Future[Any], int | None]] = deque()
-        self._returned: deque[asyncio.Future[Any]] = deque()
-        self._reading = False
+        self._nowait, self._send_now = end.receive_nowait, end.send_nowait
+        self._pump = _native.Pump(self._loop, self._fd, self._nowait, self._late)
         self._sending: asyncio.Lock | None = None
         self._writable: asyncio.Future[None] | None = None
         self._cancels = 0
@@ -57,85 +55,26 @@ class AsyncPipeEnd:
 
     async def receive(self, size: int | None = None, *, timeout: Any = Left) -> bytes:
         """The next message, or up to `size` bytes of it; see `PipeEnd.receive`."""
-        if not self._receivers and not self._returned:
+        if not self._pump.waiting:
             data = self._nowait(size)
             if data is not None:
                 return data
-        return await self._received(size, timeout)
-
-    async def _received(self, size: int | None, timeout: Any) -> bytes:
-        while self._returned:
-            result = self._returned.popleft()
-            error = result.exception()
-            if size is not None and error is None and len(result.result()) > size:
-                self._returned.appendleft(result)
-                return self._part(size)
-            return result.result()
         seconds = self.timeout if timeout is Left else timeout
         if seconds == 0:
             raise OperationTimeout(f"nothing to receive from the pipe {self.sync.name}")
-        waiter = self._loop.create_future()
-        self._receivers.append((waiter, size))
-        if not self._reading:
-            self._reading = True
-            self._loop.add_reader(self._fd, self._readable)
-        timer = None if seconds is None else self._loop.call_later(seconds, self._expire, waiter, seconds)
-        try:
-            data: bytes = await waiter
-        except asyncio.CancelledError:
-            if waiter.done() and not waiter.cancelled():  # it came in the same moment: the next call's
-                self._returned.append(waiter)
-            raise
-        finally:
-            if timer is not None:
-                timer.cancel()
-        return data
+        received: bytes = await self._pump.wait(size, seconds)
+        return received
 
-    def _part(self, size: int) -> bytes:
-        """Of a whole message that a cancelled receive() gave back: no message mode is lost by cutting it here."""
-        result = self._returned.popleft()
-        data = result.result()
-        rest = self._loop.create_future()
-        rest.set_result(data[size:])
-        self._returned.appendleft(rest)
-        if not self.sync.read_message:
-            return bytes(data[:size])
-        from ..errors import MoreData
-
-        raise MoreData(f"{len(data) - size} bytes of the message are left", data=data[:size], left=len(data) - size)
-
-    def _expire(self, waiter: asyncio.Future[Any], seconds: float) -> None:
-        if not waiter.done():
-            waiter.set_exception(
-                OperationTimeout(f"timed out after {seconds:g} s receiving from the pipe {self.sync.name}")
-            )
-
-    def _readable(self) -> None:
-        receivers = self._receivers
-        while receivers:
-            waiter, size = receivers[0]
-            if not waiter.done():
-                try:
-                    data = self._nowait(size)
-                except Exception as error:
-                    waiter.set_exception(error)
-                else:
-                    if data is None:
-                        return
-                    waiter.set_result(data)
-                receivers.popleft()
-                return
-            receivers.popleft()
-        self._reading = False
-        self._loop.remove_reader(self._fd)
+    def _late(self, seconds: float) -> OperationTimeout:
+        return OperationTimeout(f"timed out after {seconds:g} s receiving from the pipe {self.sync.name}")
 
     # -- sending -------------------------------------------------------------------------------------------------------
 
     async def send(self, data: Any, *, timeout: Any = Left) -> int:
         """One message, or all bytes; see `PipeEnd.send`."""
         if self._sending is None or not self._sending.locked():
-            at = self.sync.send_nowait(data)
-            if at == len(data):
+            at = self._send_now(data)
+            if at == (len(data) if type(data) is bytes else memoryview(data).nbytes):
                 return at
         else:
             at = -1
@@ -180,7 +119,7 @@ class AsyncPipeEnd:
         end = self.sync
         if not end.message or not end.read_message:
             raise BadPipe(f"{end!r}: only an end that reads messages can transact")
-        if self._receivers or self._returned or end.peek(0) != (b"", 0, 0):
+        if self._pump.waiting or end.peek(0) != (b"", 0, 0):
             raise PipeBusy(f"{end!r}: unread data is in the way, or another task receives")
         seconds = self.timeout if timeout is Left else timeout
         until = None if seconds is None else self._loop.time() + seconds
@@ -209,10 +148,7 @@ class AsyncPipeEnd:
         self._wake(OperationAborted(f"cancelled: {self.sync!r}"))
 
     def _wake(self, error: Exception) -> None:
-        for waiter, _ in self._receivers:
-            if not waiter.done():
-                waiter.set_exception(error)
-        self._receivers.clear()
+        self._pump.wake(error)
         if self._writable is not None and not self._writable.done():
             self._writable.set_exception(error)
 
@@ -240,12 +176,9 @@ class AsyncPipeEnd:
         return self.sync.fileno()
 
     def _detach_from_loop(self) -> None:
-        if not self.sync.closed and not self._loop.is_closed():
-            if self._reading:
-                self._reading = False
-                self._loop.remove_reader(self._fd)
-            if self._writable is not None:
-                self._loop.remove_writer(self._fd)
+        self._pump.stop()
+        if self._writable is not None and not self._loop.is_closed():
+            self._loop.remove_writer(self._fd)
         self._wake(ObjectClosed(f"the pipe {self.sync.name} was closed meanwhile"))
 
     async def aclose(self) -> None:

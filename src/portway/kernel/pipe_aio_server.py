@@ -154,7 +154,7 @@ class NamedPipeServer:
 
 
 class NamedPipeClient(AsyncPipeEnd):
-    """`portway.NamedPipeClient`: ``async with NamedPipeClient(name) as pipe``, or ``await NamedPipeClient.open(name)``."""
+    """`portway.NamedPipeClient`: ``async with NamedPipeClient(name) as pipe``, or ``await ....open(name)``."""
 
     def __init__(self, name: str, *, timeout: float | None = 0, appear: bool = False, **options: Any) -> None:
         self._how = name, timeout, appear, options

@@ -7,7 +7,7 @@ from typing import Final, Literal
 
 from ..deadline import Deadline
 from ..errors import InvalidParameter, OperationTimeout, PipeBusy, PipeNotFound
-from ..wire.pipe import Direction
+from ..wire.pipe import Direction, line_slot
 from .pipe_end import DEFAULT_MAX_MESSAGE, PipeEnd, access_of, mode_is_message
 from .pipe_open import Claim, Search
 
@@ -81,6 +81,7 @@ class NamedPipeClient(PipeEnd):
                 read_message=message if wanted is None else wanted, max_message=max_message, timeout=timeout, name=name,
             )  # fmt: skip
             if record is not None:
+                self.place = line_slot(claim.watch_at), claim.generation, record.folder
                 self.watch(record.fd, claim.watch_at, claim.generation)
         finally:
             claim.sock.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 from collections.abc import Iterator
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self
@@ -57,6 +58,9 @@ class PipeEnd(Channel):
     """
 
     is_server = False
+    place: tuple[int, int, str] = 0, 0, ""
+    """Slot, generation and folder of its instance; no folder for a pipe of .NET's."""
+    borrowed: Any = None
 
     @property
     def mode(self) -> Literal["byte", "message"]:
@@ -90,7 +94,12 @@ class PipeEnd(Channel):
         it is not. Source: ImpersonateNamedPipeClient, RevertToSelf."""
         from .pipe_identity import impersonate
 
-        return impersonate(self.peer)
+        context: AbstractContextManager[Identity] = impersonate(self.peer)
+        return context
+
+    def leave(self) -> None:
+        """For the hand-off provider: closed here, and nothing else; the conversation goes on in another process."""
+        os.close(self.detach())
 
     def makefile(
         self, mode: str = "rb", buffering: int = -1, *, encoding: str | None = None, errors: str | None = None,

@@ -25,7 +25,7 @@ from .pipe_record import Record
 from .pipe_socket import bind_socket
 from .security import Security
 
-__all__ = ["Front", "front_file", "remove_stale"]
+__all__ = ["Front", "front_file", "remove_stale", "whose_front"]
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
@@ -33,6 +33,23 @@ _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 def front_file(record: Record, number: int) -> str:
     """The file of one server's front."""
     return f"{os.path.dirname(record.header.front)}/.portway-{os.path.basename(record.folder)}-{number:x}"
+
+
+def whose_front(record: Record, identity: tuple[int, int] | None) -> int | None:
+    """The number of the server of this pipe whose front the file is; None: it is no front of this pipe."""
+    prefix = os.path.basename(front_file(record, 0))[:-1]
+    folder = os.path.dirname(record.header.front)
+    numbers = [line.server for _, line in record.lines()]
+    with suppress(OSError):  # a server may have no instance at the moment
+        for name in os.listdir(folder):
+            with suppress(ValueError):
+                numbers += [int(name.removeprefix(prefix), 16)] * name.startswith(prefix)
+    for number in numbers:
+        with suppress(OSError):
+            info = os.lstat(front_file(record, number))
+            if (info.st_dev, info.st_ino) == identity:
+                return number
+    return None
 
 
 class Front:
@@ -77,7 +94,7 @@ class Front:
                     return
                 wanted = self._another()
             elif seen.state == "live":
-                number = self._whose(seen.identity)
+                number = whose_front(self.record, seen.identity)
                 if number is None:
                     self.state = "taken"
                     return
@@ -129,14 +146,6 @@ class Front:
             if file != self.file and look_at(file).state == "live":
                 return file
         return ""
-
-    def _whose(self, identity: tuple[int, int] | None) -> int | None:
-        for number in {line.server for _, line in self.record.lines()}:
-            with suppress(OSError):
-                info = os.lstat(front_file(self.record, number))
-                if (info.st_dev, info.st_ino) == identity:
-                    return number
-        return None
 
     # -- changing the path -----------------------------------------------------------------------------------------
 

@@ -71,6 +71,13 @@ class Instance:
         peer = peer_of(sock)
         self._note(LineState.CONNECTED, client_pid=peer.pid, client_uid=peer.uid)
 
+    def moved(self) -> None:
+        """Its conversation came to this process from another one."""
+        line = self.record.line(self.slot)
+        pid, start, number = self.who
+        self.state = LineState.CONNECTED
+        self.record.write(self.slot, line._replace(server_pid=pid, server_start=start, server=number))
+
     def connected_none(self) -> None:
         """It neither listens nor has a client."""
         self._note(LineState.DISCONNECTED)

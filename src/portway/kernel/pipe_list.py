@@ -15,7 +15,7 @@ from ..errors import PortwayError
 from ..wire.pipe import Direction, Line, LineState
 from .device import Device, Place
 from .netinfo import look_at, unix_queue
-from .pipe_front import front_file, remove_stale
+from .pipe_front import remove_stale, whose_front
 from .pipe_name import DOTNET_PREFIX, dotnet_folder
 from .pipe_record import Record, open_record
 
@@ -129,12 +129,7 @@ def _front_state(record: Record) -> str:
         return "none"
     seen = look_at(path)
     if seen.state == "live":
-        for number in {line.server for _, line in record.lines()}:
-            with suppress(OSError):
-                info = os.lstat(front_file(record, number))
-                if (info.st_dev, info.st_ino) == seen.identity:
-                    return "ours"
-        return "taken"
+        return "ours" if whose_front(record, seen.identity) is not None else "taken"
     if seen.state == "dead":
         return "closed" if seen.uid == record.place.uid else "blocked"
     return {"absent": "absent", "denied": "taken"}.get(seen.state, "blocked")

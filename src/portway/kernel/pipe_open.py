@@ -14,7 +14,7 @@ from contextlib import suppress
 from typing import NamedTuple
 
 from ..deadline import Deadline
-from ..errors import AccessDenied, AmbiguousName, BadPipe, ObjectCorrupt, PipeBusy, PipeError, PipeNotFound
+from ..errors import AccessDenied, AmbiguousName, BadPipe, ObjectCorrupt, PipeBusy, PipeNotFound
 from ..wire.pipe import DISCONNECTED_AT, Header, Line, LineState, line_at
 from .device import Device
 from .netinfo import look_at, unix_queue
@@ -47,6 +47,7 @@ class Search:
         self.access, self.server_uid = access, server_uid
         self.device = Device("pipe", root)
         self._busy: Record | None = None
+        self._wrong: Exception | None = None
         self._seen = 0
         self._wait = _FIRST_PAUSE
         self.default_wait_ms = 50
@@ -68,7 +69,12 @@ class Search:
         """`PipeNotFound`, `PipeBusy`, `AccessDenied`, `AmbiguousName`, `ObjectCorrupt` as things are now."""
         record = self._living()
         if record is None:
-            return self._claim_dotnet()
+            try:
+                return self._claim_dotnet()
+            except BadPipe:  # of portway, then: its server began after the look at the records
+                record = self._living()
+                if record is None:
+                    raise
         try:
             self._check_access(record.header)
             for slot, line in self._listening(record):
@@ -101,15 +107,17 @@ class Search:
                 record.close()
 
     def _living(self) -> Record | None:
-        """The first record of the name with a server; what is wrong with others is told only if there is none."""
+        """The first record of the name with a server; what is wrong with others is told when nothing is found."""
         self._forget()
-        wrong: Exception | None = None
+        self._wrong = None
         for place in self.device.places(self.server_uid):
             try:
                 record = find(place, self.name)
-            except (AccessDenied, ObjectCorrupt, OSError) as error:
-                if place.uid == os.geteuid() or isinstance(error, ObjectCorrupt):
-                    wrong = wrong or error
+            except AccessDenied as error:
+                self._wrong = self._wrong or self._denied(place.uid, error)
+                continue
+            except (ObjectCorrupt, OSError) as error:
+                self._wrong = self._wrong or error
                 continue
             if record is None:
                 continue
@@ -117,9 +125,13 @@ class Search:
             if record.alive():
                 return record
             record.close()
-        if wrong is not None and not isinstance(wrong, PipeError):
-            raise wrong
         return None
+
+    def _denied(self, uid: int, error: AccessDenied) -> AccessDenied:
+        if uid == os.geteuid():
+            return error
+        me, owner = user_name(os.geteuid()), user_name(uid)
+        return AccessDenied(f"the pipe {self.name} of uid {owner} is not open to uid {me}", hint="see Security")
 
     def _check_access(self, header: Header) -> None:
         allowed = {1: 2, 2: 1, 3: 3}[header.direction]
@@ -180,6 +192,8 @@ class Search:
             )
         if others:
             return os.path.join(dotnet_folder(), others[0])
+        if self._wrong is not None:
+            raise self._wrong
         raise PipeNotFound(
             f"no pipe named {self.name}: looked in {self.device.places_looked_at()}"
             f"{f' and at {exact}' if exact else ''}",

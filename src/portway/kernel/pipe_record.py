@@ -3,7 +3,8 @@
 ``record`` lies in the pipe's folder beside one socket for each listening instance. What is alive is told by the kernel:
 
 * byte 0 of the record, locked, is the gate: joining and leaving exclude each other;
-* byte ``16 + slot`` is held by whoever has that instance: the limit of instances holds by itself;
+* byte ``16 + slot`` is held by whoever has that instance: the limit of instances holds by itself. It is taken for
+  writing and kept for reading, so that two may hold it while an instance moves to another process;
 * a byte from 300 on is held by every server object, as long as it or one of its pipes is open: the name exists while
   any is held.
 
@@ -15,6 +16,7 @@ words that the kernel itself compares.
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import stat
 import threading
@@ -22,7 +24,7 @@ import time
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import NamedTuple, Self
+from typing import TYPE_CHECKING, NamedTuple, Self
 
 from .._accel import wake as _native
 from ..errors import AccessDenied, ObjectClosed, ObjectCorrupt, PipeBusy
@@ -31,9 +33,12 @@ from ..wire.pipe import Header, Line
 from .device import Device, Place
 from .folders import make_folder
 from .objectfile import full
-from .ofdlock import gate, locked_from, try_lock, unlock
+from .ofdlock import all_locked, gate, locked_from, try_lock, unlock
 from .pipe_name import MAX_SOCKET_PATH, PipeName
 from .record import myself
+
+if TYPE_CHECKING:
+    from .._native.wake import Word
 
 __all__ = ["Record", "find", "reach"]
 
@@ -58,7 +63,7 @@ class Record:
         self.lock = threading.RLock()
         self.member = -1
         self.slots: set[int] = set()
-        self._word: _native.Word | None = None
+        self._word: Word | None = None
 
     def __enter__(self) -> Self:
         return self
@@ -75,7 +80,7 @@ class Record:
         return f"{self.folder}/record"
 
     @property
-    def word(self) -> _native.Word:
+    def word(self) -> Word:
         """The wake word, for those who wait for an instance."""
         if self._word is None:
             self._word = _native.Word(self.fd, wire.WAKE_AT)
@@ -100,11 +105,7 @@ class Record:
 
     def held(self) -> set[int]:
         """The slots that somebody has, ours included."""
-        found, at, end = set(self.slots), SLOTS, SLOTS + self.header.max_instances
-        while at < end and (hit := locked_from(self.fd, at, end - at)) is not None:
-            found.add(hit - SLOTS)
-            at = hit + 1
-        return found
+        return self.slots | {at - SLOTS for at in all_locked(self.fd, SLOTS, self.header.max_instances)}
 
     # -- the server's side ---------------------------------------------------------------------------------------------
 
@@ -128,12 +129,18 @@ class Record:
                 return
         raise PipeBusy(f"{MAX_MEMBERS} server objects have the pipe {self.header.name!r}, more cannot")
 
+    def adopt(self, slot: int) -> None:
+        """This descriptor came with the lock of `slot`: the instance moved here."""
+        self.slots.add(slot)
+        _live.add(self)
+
     def take_slot(self) -> int | None:
         """A free instance, locked, cleaned of what a dead server left; None when all are taken."""
         with self.lock:
             self._require()
             for slot in range(self.header.max_instances):
                 if slot not in self.slots and try_lock(self.fd, SLOTS + slot):
+                    try_lock(self.fd, SLOTS + slot, fcntl.F_RDLCK)
                     self.slots.add(slot)
                     line = self.line(slot)
                     if line.state:
@@ -146,6 +153,16 @@ class Record:
             if self.fd >= 0 and slot in self.slots:
                 self.slots.discard(slot)
                 unlock(self.fd, SLOTS + slot)
+
+    def share_slot(self, slot: int) -> int:
+        """Another descriptor that holds the slot by itself, for another process or for longer; the caller closes it."""
+        with self.lock:
+            self._require()
+            fd = os.open(f"/proc/self/fd/{self.fd}", os.O_RDWR | os.O_CLOEXEC)
+            if not try_lock(fd, SLOTS + slot, fcntl.F_RDLCK):
+                os.close(fd)
+                raise ObjectClosed(f"instance {slot} of the pipe {self.header.name!r} is not ours")
+            return fd
 
     def line(self, slot: int) -> Line:
         data = os.pread(self.fd, wire.LINE_SIZE, wire.line_at(slot)).ljust(wire.LINE_SIZE, b"\0")
@@ -181,22 +198,27 @@ class Record:
         self.write(slot, wire.FREE._replace(generation=line.generation))
 
     def sweep(self) -> None:
-        """Under the gate: frees the lines of dead servers, and removes sockets that no line names."""
+        """Under the gate: frees the lines of dead servers, and removes the sockets they left."""
         held = self.held()
-        lines = dict(self.lines())
-        for slot, line in lines.items():
-            if slot not in held:
-                self._clean(slot, line)
-        listening = {f"{slot}.{line.generation}" for slot, line in lines.items() if slot in held}
+        left = {slot for slot, _ in self.lines() if slot not in held}
+        files: dict[int, list[str]] = {}
         for name in os.listdir(self.folder_fd):
-            if name != "record" and name not in listening and name.partition(".")[0].isdigit():
-                self._remove_socket(name, held)
+            number, dot, _ = name.partition(".")
+            if dot and number.isdigit() and int(number) not in held:
+                files.setdefault(int(number), []).append(name)
+        for slot in left | set(files):
+            self._sweep_slot(slot, files.get(slot, []))
 
-    def _remove_socket(self, name: str, held: set[int]) -> None:
-        if int(name.partition(".")[0]) in held:  # its line may be written this moment
+    def _sweep_slot(self, slot: int, files: list[str]) -> None:
+        """Locked meanwhile: another server may take it any moment."""
+        if slot < self.header.max_instances and not try_lock(self.fd, SLOTS + slot):
             return
-        with suppress(OSError):
-            os.unlink(name, dir_fd=self.folder_fd)
+        for name in files:
+            with suppress(OSError):
+                os.unlink(name, dir_fd=self.folder_fd)
+        if slot < self.header.max_instances:
+            self._clean(slot, self.line(slot))
+            unlock(self.fd, SLOTS + slot)
 
     def remove(self) -> None:
         """Under the gate, when nobody is left: the files, the record and the folder, as far as they are ours."""

@@ -28,12 +28,14 @@ class NamedPipeConnection(PipeEnd):
     """The server's end of one conversation, from `NamedPipeServer.accept`. ``close()`` gives its instance back."""
 
     is_server = True
+    _shared = -1
 
     def __init__(
         self, server: Serving, instance: Instance, sock: socket.socket, max_message: int, timeout: float | None
     ) -> None:
         header = server.record.header
         self._server, self._instance = server, instance
+        self.place = instance.slot, instance.generation, server.record.folder
         super().__init__(
             sock.detach(), message=header.message, access=int(header.direction), read_message=header.message,
             max_message=max_message, timeout=timeout, name=header.name,
@@ -49,6 +51,7 @@ class NamedPipeConnection(PipeEnd):
         calls give `PipeNotConnected`. `flush` first to be sure that it has read all. Closes this end, too."""
         if self.closed:
             raise ObjectClosed(f"{self!r} is closed")
+        self._close_shared()
         self._instance.disconnect()
         self.disconnect_here()
         self._server.release(self._instance)
@@ -56,8 +59,26 @@ class NamedPipeConnection(PipeEnd):
     def close(self) -> None:
         """Ends the conversation; the client can still read what was sent. Closing twice is fine."""
         if not self.closed:
+            self._close_shared()
             super().close()
             self._server.release(self._instance)
+
+    def share_slot(self) -> int:
+        """For the hand-off provider: a descriptor that holds the instance by itself; this end's to close."""
+        if self._shared < 0:
+            self._shared = self._server.record.share_slot(self._instance.slot)
+        return self._shared
+
+    def leave(self) -> None:
+        """The conversation goes on in another process."""
+        self._close_shared()
+        super().leave()
+        self._server.moved_away(self._instance)
+
+    def _close_shared(self) -> None:
+        fd, self._shared = self._shared, -1
+        if fd >= 0:
+            os.close(fd)
 
     def __del__(self) -> None:
         if getattr(self, "_instance", None) is not None and not self.closed:

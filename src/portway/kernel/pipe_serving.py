@@ -240,6 +240,14 @@ class Serving:
             if self.closed and not self.used:
                 self._leave()
 
+    def moved_away(self, instance: Instance) -> None:
+        """Its conversation goes on in another process, which holds the slot."""
+        with self.lock:
+            self.used.discard(instance)
+            self.record.give_slot(instance.slot)
+            if self.closed and not self.used:
+                self._leave()
+
     def stop_listening(self) -> Instance:
         """DisconnectNamedPipe on an instance that nobody has opened: of a server object with one."""
         with self.lock:
@@ -482,7 +490,7 @@ def _server_of(path: str) -> str:
 
     with suppress(Exception):
         for one in psutil.net_connections("unix"):
-            if one.laddr == path and one.pid:
+            if str(one.laddr) == path and one.pid:
                 return f" (pid {one.pid}, {psutil.Process(one.pid).name()})"
     return ""
 

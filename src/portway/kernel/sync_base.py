@@ -134,11 +134,10 @@ def body_of(file: ObjectFile) -> Any:
     if not file.writable:
         raise AccessDenied(f"{file.path} may only be read; waiting and signalling need to write", hint="see Security")
     root = os.path.dirname(os.path.dirname(file.path))
-    folders = os.path.join(root, f"portway-{os.geteuid()}"), os.path.join(root, "portway-global")
     head = file.header
     try:
         return _native.Body(
-            file.fd, file.slot, int(head.kind), bool(head.flags & MANUAL_RESET), head.pid_namespace, *folders,
+            file.fd, file.slot, int(head.kind), bool(head.flags & MANUAL_RESET), head.pid_namespace, root,
             int(file.scope == "Global"), bytes.fromhex(os.path.basename(file.path)),
         )  # fmt: skip
     except OSError as error:
@@ -154,7 +153,7 @@ def _finish(fd: int, path: str) -> None:
             return
         if header.kind in (Kind.MUTEX, Kind.SEMAPHORE, Kind.EVENT, Kind.TIMER):
             with objectfile.reopened(fd) as other:
-                file = ObjectFile(other, path, header)
+                file = ObjectFile(other, path, header, scope=namespace.scope_of(path))
                 slot = objectfile.lock_slot(other, path)
                 body = body_of_slot(file, slot)
                 body.settle()

@@ -48,8 +48,8 @@ from ..errors import ObjectCorrupt
 
 __all__ = [
     "DISCONNECTED_AT", "HEADER_SIZE", "LINE_SIZE", "MAX_INSTANCES", "MAX_PACKET", "RECORD_SIZE", "WAKE_AT", "Direction",
-    "Flag", "Header", "Line", "LineState", "PacketKind", "line_at", "pack_header", "pack_line", "pack_packet_head",
-    "packets", "unpack_header", "unpack_lines", "unpack_packet_head",
+    "Flag", "Header", "Line", "LineState", "PacketKind", "line_at", "line_slot", "pack_header", "pack_line",
+    "pack_packet_head", "packets", "unpack_header", "unpack_lines", "unpack_packet_head",
 ]  # fmt: skip
 
 MAGIC = b"PWPIPE\0\0"
@@ -133,6 +133,11 @@ FREE = Line(0, LineState.FREE, 0, 0, 0, 0, 0, 0, 0, 0)
 
 def line_at(slot: int) -> int:
     return HEADER_SIZE + slot * LINE_SIZE
+
+
+def line_slot(at: int) -> int:
+    """The slot of the line that offset `at` lies in."""
+    return (at - HEADER_SIZE) // LINE_SIZE
 
 
 def pack_header(header: Header) -> bytes:
