@@ -9,6 +9,7 @@ import random
 import signal
 import socket
 import subprocess
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,40 @@ from typing import Any
 import pytest
 
 pytest.importorskip("portway._native.pipe")
-from verbs import Portway, end
+from verbs import Portway
 
 import portway as library
 
-Start = Callable[..., "subprocess.Popen[str]"]
+Start = Callable[..., "Listening"]
+
+
+class Listening:
+    """A running `portway pipe listen`; the pipe exists when it is made. It prints to a file and so never waits."""
+
+    def __init__(self, portway: Portway, *words: str) -> None:
+        self.out = tempfile.TemporaryFile()  # noqa: SIM115
+        self.process = subprocess.Popen(portway.command("pipe", "listen", *words), stdout=self.out,
+                                        stderr=subprocess.PIPE, text=True, env=portway.env)  # fmt: skip
+        self.pid = self.process.pid
+        assert self.process.stderr is not None
+        said = self.process.stderr.readline()
+        assert said.startswith("portway: serving the pipe"), said
+
+    def finished(self, code: int = 0) -> tuple[list[str], str]:
+        """The lines it printed, and its remarks after the first; it has ended by itself."""
+        _, remarks = self.process.communicate(timeout=30)
+        assert self.process.returncode == code, remarks
+        self.out.seek(0)
+        return self.out.read().decode().splitlines(), remarks
+
+    def end(self, number: int) -> int:
+        self.process.send_signal(number)
+        self.process.communicate(timeout=30)
+        return self.process.returncode
+
+    def close(self) -> None:
+        self.end(signal.SIGKILL)
+        self.out.close()
 
 
 @pytest.fixture
@@ -32,29 +62,15 @@ def portway(root: str, monkeypatch: pytest.MonkeyPatch) -> Portway:
 
 @pytest.fixture
 def listen(portway: Portway) -> Iterator[Start]:
-    """``listen(NAME, ...)``: a running `portway pipe listen`; the pipe exists when this returns."""
-    running: list[subprocess.Popen[str]] = []
+    running: list[Listening] = []
 
-    def begin(name: str, *words: str) -> subprocess.Popen[str]:
-        running.append(
-            subprocess.Popen(portway.command("pipe", "listen", name, *words), stdout=subprocess.PIPE, text=True,
-                             stderr=subprocess.PIPE, env=portway.env)
-        )  # fmt: skip
-        said = running[-1].stderr
-        assert said is not None and (line := said.readline()).startswith("portway: serving the pipe"), line
+    def begin(*words: str) -> Listening:
+        running.append(Listening(portway, *words))
         return running[-1]
 
     yield begin
     for one in running:
-        one.kill()
-        one.communicate()
-
-
-def finished(process: subprocess.Popen[str], code: int = 0) -> tuple[list[str], str]:
-    """The lines it printed, and its remarks after the first; it has ended by itself."""
-    out, remarks = process.communicate(timeout=30)
-    assert process.returncode == code, remarks
-    return out.splitlines(), remarks
+        one.close()
 
 
 def test_ls_shows_who_uses_a_pipe_and_connects_to_nobody(portway: Portway, listen: Start) -> None:
@@ -68,7 +84,7 @@ def test_ls_shows_who_uses_a_pipe_and_connects_to_nobody(portway: Portway, liste
     assert before[0]["dotnet_state"] == "ours"
     with library.NamedPipeClient("hello") as pipe:
         pipe.send(b"x")
-        assert server.stdout is not None and server.stdout.readline() == "x\n"
+        pipe.flush(timeout=20)  # the server has read it: it knows its client
         row = portway.lines("pipe", "ls")[0]
         assert (row["in_use"], row["clients"]) == (1, [os.getpid()])
         states = [one for one in portway.lines("pipe", "ls", "--instances") if one["state"] == "connected"]
@@ -77,7 +93,7 @@ def test_ls_shows_who_uses_a_pipe_and_connects_to_nobody(portway: Portway, liste
         ]
         text = portway.run("pipe", "ls").stdout.decode()
         assert "1 of 7" in text and str(os.getpid()) in text and "ours" in text
-    assert end(server) == 0
+    assert server.end(signal.SIGTERM) == 0
     done = portway.run("pipe", "ls")
     assert (done.returncode, done.stderr) == (0, b"no pipes\n")
     assert [one for one in os.listdir(portway.env["PORTWAY_ROOT"]) if "CoreFx" in one or one.startswith(".")] == []
@@ -97,7 +113,7 @@ def test_ls_shows_dotnet_and_strangers_without_disturbing_them(portway: Portway)
 
 
 def test_ls_after_the_server_was_killed_leaves_nothing(portway: Portway, listen: Start) -> None:
-    end(listen("gone", "--mode", "byte"), kill=True)
+    listen("gone", "--mode", "byte").end(signal.SIGKILL)
     assert portway.lines("pipe", "ls") == []
     left = [path for path in Path(portway.env["PORTWAY_ROOT"]).rglob("*") if not path.is_dir()]
     assert left == []
@@ -114,15 +130,15 @@ def test_messages_as_text_hex_and_json(portway: Portway, listen: Start) -> None:
     assert portway.json("pipe", "send", "T", "one", "two three", "") == {
         "name": "T", "mode": "message", "messages": 3, "bytes": 12, "server": text.pid,
     }  # fmt: skip
-    assert finished(text)[0] == ["one", "two three", ""]
+    assert text.finished()[0] == ["one", "two three", ""]
     digits = listen("h", "--hex", "--count", "1")
     portway.json("pipe", "send", "h", stdin=b"\x00\xffa")
-    assert finished(digits)[0] == ["00ff61"]
+    assert digits.finished()[0] == ["00ff61"]
     objects = listen("j", "--json", "--count", "2")
     sender = subprocess.Popen(portway.command("pipe", "send", "j", "héllo"), env=portway.env, stdout=subprocess.DEVNULL)
     assert sender.wait(30) == 0
     portway.json("pipe", "send", "j", stdin=b"\xff\xfe")
-    first, second = map(json.loads, finished(objects)[0])
+    first, second = map(json.loads, objects.finished()[0])
     assert first["client"] == {"pid": sender.pid, "uid": os.geteuid()}
     assert (first["name"], first["size"], first["text"], first["base64"]) == ("j", 6, "héllo", None)
     assert (second["size"], second["text"], base64.b64decode(second["base64"])) == (2, None, b"\xff\xfe")
@@ -133,7 +149,7 @@ def test_stdin_is_one_message_or_one_a_line(portway: Portway, listen: Start) -> 
     server = listen("s", "--json", "--count", "4")
     assert portway.json("pipe", "send", "s", "--flush", stdin=data)["messages"] == 1
     assert portway.json("pipe", "send", "s", "--lines", stdin=b"a\n\nlast")["messages"] == 3
-    first, *rest = map(json.loads, finished(server)[0])
+    first, *rest = map(json.loads, server.finished()[0])
     assert base64.b64decode(first["base64"]) == data
     assert [one["text"] for one in rest] == ["a", "", "last"]
 
@@ -154,38 +170,38 @@ def test_bytes_go_through_unchanged(portway: Portway, tmp_path: Path) -> None:
 
 
 def test_call(portway: Portway, listen: Start) -> None:
-    echo = listen("e", "--echo", "--count", "3")
+    echo = listen("e", "--echo", "--hex", "--count", "3")
     data = random.Random(9).randbytes(200_000)
     assert portway.run("pipe", "call", "E", stdin=data).stdout == data
     assert portway.run("pipe", "call", "e", "abc", "--hex").stdout == b"616263\n"
     assert portway.json("pipe", "call", "e", "abc") == {
         "name": "e", "size": 3, "text": "abc", "base64": None, "server": {"pid": echo.pid, "uid": os.geteuid()},
     }  # fmt: skip
-    finished(echo)
+    echo.finished()
     reply = listen("r", "--reply", "pong", "--count", "2")
     assert portway.run("pipe", "call", "r", "ping").stdout == b"pong"
     assert portway.run("pipe", "call", "r", "ping", "--size", "2").returncode == 1  # MoreData
-    assert finished(reply)[0] == ["ping", "ping"]
+    assert reply.finished()[0] == ["ping", "ping"]
 
 
 def test_a_reply_that_nobody_waits_for_costs_no_message(portway: Portway, listen: Start) -> None:
     server = listen("r", "--reply", "pong", "--count", "2")
     portway.json("pipe", "send", "r", "one", "two")
-    assert finished(server)[0] == ["one", "two"]
+    assert server.finished()[0] == ["one", "two"]
 
 
 def test_a_command_answers(portway: Portway, listen: Start) -> None:
     upper = listen("m", "--count", "2", "--", "tr", "a-z", "A-Z")
     assert portway.run("pipe", "call", "m", "hello").stdout == b"HELLO"
     assert portway.run("pipe", "call", "m", stdin=b"x" * 100_000).stdout == b"X" * 100_000
-    finished(upper)
+    upper.finished()
     inetd = listen("b", "--mode", "byte", "--count", "1", "--", "sed", "-u", "s/^/got /")
     done = portway.run("pipe", "call", "b", "a\nb\n", "--byte", "--size", "12", "--timeout", "20")
     assert done.stdout == b"got a\ngot b\n", done.stderr
-    finished(inetd)
+    inetd.finished()
     missing = listen("x", "--", "/nowhere/command")
     portway.run("pipe", "send", "x", "abc")
-    assert "/nowhere/command" in finished(missing, 127)[1]
+    assert "/nowhere/command" in missing.finished(127)[1]
 
 
 def test_directions(portway: Portway, listen: Start) -> None:
@@ -193,12 +209,12 @@ def test_directions(portway: Portway, listen: Start) -> None:
     for _ in range(2):
         with library.NamedPipeClient("o") as pipe:
             assert list(pipe) == [b"the time"]
-    finished(tells)
+    tells.finished()
     hears = listen("i", "--direction", "inbound", "--count", "1")
     done = portway.run("pipe", "call", "i", "x")
     assert done.returncode == 1 and b"inbound" in done.stderr
     portway.json("pipe", "send", "i", "x")
-    assert finished(hears)[0] == ["x"]
+    assert hears.finished()[0] == ["x"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
@@ -207,8 +223,8 @@ def test_a_signal_ends_it_cleanly_with_clients_connected(portway: Portway, liste
     with library.NamedPipeClient("s") as pipe:
         pipe.send(b"x")
         assert pipe.receive(timeout=20) == b"x"
-        server.send_signal(number)
-        assert finished(server) == (["x"], "")
+        server.process.send_signal(number)
+        assert server.finished() == (["x"], "")
         with pytest.raises(library.errors.BrokenPipe):
             pipe.receive(timeout=20)
 
@@ -281,11 +297,11 @@ def test_dotnet_by_name(portway: Portway, listen: Start, netpeer: Path) -> None:
             [netpeer, "pipe", *words], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=portway.env
         )
 
-    ours = listen("Ours", "--mode", "byte", "--echo", "--count", "1")
+    ours = listen("Ours", "--mode", "byte", "--echo", "--hex", "--count", "1")
     client = dotnet("client", "--name", "Ours", "--mode", "echo", "--size", "1000", "--reps", "3", "--timeout", "20000")
     out, _ = client.communicate(timeout=60)
     assert client.returncode == 0, out
-    finished(ours)
+    ours.finished()
     theirs = dotnet("server", "--name", "Theirs", "--mode", "echo")
     try:
         assert theirs.stdout is not None and json.loads(theirs.stdout.readline())["event"] == "listening"

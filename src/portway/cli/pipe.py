@@ -190,7 +190,7 @@ def send(
         raise ConfigurationError("pipe send: --lines is for stdin")
     deadline = Deadline(timeout)
     with _open(name, timeout, appear, server_uid, direction="outbound") as pipe:
-        about = {"name": pipe.name, "mode": pipe.mode, "messages": 0, "bytes": 0}
+        about: dict[str, Any] = {"name": pipe.name, "mode": pipe.mode, "messages": 0, "bytes": 0}
         for data in map(_text, texts) if texts else _stdin(pipe.mode == "byte", lines):
             pipe.send(data, timeout=deadline.remaining())
             about["messages"] += 1
