@@ -102,4 +102,5 @@ class Device:
 
     def places_looked_at(self) -> str:
         """For messages."""
-        return f"{self._path(os.geteuid())}, {self._path(0)} and other users'"
+        first = dict.fromkeys(map(self._path, (os.geteuid(), 0)))
+        return f"{', '.join(first)} and other users'"
