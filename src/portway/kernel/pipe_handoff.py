@@ -16,8 +16,8 @@ from __future__ import annotations
 import os
 import socket
 import stat
-import threading
 import struct
+import threading
 from contextlib import suppress
 from typing import Any, Literal
 
