@@ -171,7 +171,7 @@ class NamedPipeClient(AsyncPipeEnd):
         with Search(name, None, server_uid, None if root is None else os.fspath(root)) as search:
             while True:
                 try:
-                    end = _SyncClient(name, timeout=0, **options)
+                    end = _SyncClient(name, timeout=0, appear=appear, **options)
                     break
                 except (PipeBusy, PipeNotFound) as error:
                     give_up(error, deadline, appear)
