@@ -16,6 +16,7 @@ from __future__ import annotations
 import os
 import socket
 import stat
+import threading
 import struct
 import threading
 from contextlib import suppress
@@ -150,6 +151,10 @@ class _Moved:
         self.record.adopt(slot)
         self.who: Who = who()
         self.lock = threading.RLock()
+
+    @property
+    def lock(self) -> threading.RLock:
+        return self.record.lock
 
     def instance(self, slot: int, generation: int) -> Instance:
         made = Instance(self.record, slot, self.who, Security.owner())
