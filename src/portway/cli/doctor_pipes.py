@@ -126,7 +126,8 @@ def dotnet_files() -> tuple[bool, str]:
     from ..kernel.pipe_list import list_pipes
     from ..kernel.pipe_name import DOTNET_PREFIX, dotnet_folder
 
-    folder, known = dotnet_folder(), {one.dotnet_path for one in list_pipes() if one.kind == "portway"}
+    ours = [one for one in list_pipes() if one.kind == "portway"]
+    folder, known = dotnet_folder(), {one.dotnet_path for one in ours if one.dotnet_state in ("ours", "closed")}
     found: dict[str, list[str]] = {}
     try:
         names = sorted(one for one in os.listdir(folder) if one.startswith(DOTNET_PREFIX))

@@ -100,7 +100,7 @@ def ls(instances: bool, as_json: bool) -> None:
         return
     if not as_json:
         for row in rows:
-            row["in use"] = f"{row['in_use']} of {row['max_instances']}" if row["kind"] == "portway" else None
+            row["in use"] = f"{row['in_use']} of {row['max_instances']}" if row["max_instances"] else None
             row[".NET"] = row["dotnet_state"] if row["kind"] == "portway" else None
     show(rows, ("name", "kind", "mode", "direction", "owner", "in use", "clients", ".NET"), as_json, "pipes")
 

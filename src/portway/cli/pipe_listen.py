@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
@@ -45,7 +46,8 @@ class Listener:
     def run(self, timeout: float | None) -> None:
         deadline = Deadline(timeout)
         try:
-            with _signals() as signalled, selectors.DefaultSelector() as selector:
+            with warnings.catch_warnings(), _signals() as signalled, selectors.DefaultSelector() as selector:
+                warnings.showwarning = lambda message, *_, **__: remark(str(message))
                 for source in (signalled, self._bell, self.server.fileno()):
                     selector.register(source, selectors.EVENT_READ)
                 while True:
