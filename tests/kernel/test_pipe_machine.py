@@ -1,4 +1,4 @@
-"""Instances, clients and messages in any order, against a plain model of the rules of Windows (spec: pipes 1.2 to 1.5)."""
+"""Instances, clients and messages in any order, against a plain model of the rules of Windows (spec: 1.2 to 1.5)."""
 
 from __future__ import annotations
 
