@@ -251,7 +251,7 @@ def test_listing_shows_ones_own_and_what_one_may_see(user: Any, made: Any) -> No
     made(NamedPipeServer("shared", security=Security.everyone()))
     assert [one.name for one in list_pipes()] == ["p", "shared"]
     assert bob.run("[(one.name, one.kind, one.owner) for one in portway.list_pipes()]") == [
-        ("p", "dotnet", ALICE), ("shared", "dotnet", 0),  # of others' only the files at .NET's path can be seen
+        ("p", "portway", ALICE), ("shared", "portway", 0),  # of others' by the files at .NET's path alone
     ]  # fmt: skip
 
 
