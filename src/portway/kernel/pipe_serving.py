@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import atexit
+import errno
 import os
 import select
 import socket
@@ -387,16 +388,22 @@ class Serving:
             front = self.front
             while not self.closed and self.listening and front is not None and front.socket is not None:
                 instance = self.listening[-1]
-                faster = self._take(instance)
+                try:
+                    faster = self._take(instance)
+                except OSError:  # no descriptor: it waits for the next look
+                    break
                 if faster is not None:
                     self._connected(instance, faster)
                     self._ring()
                     continue
                 try:
                     fd, _ = front.socket._accept()  # type: ignore[attr-defined]
-                except OSError:
-                    self._listen(instance)
-                    return _ALWAYS
+                except OSError as error:
+                    with suppress(OSError, PortwayError):  # else at the next look
+                        self._listen(instance)
+                    if error.errno == errno.EAGAIN:
+                        return _ALWAYS
+                    break
                 sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, fd)
                 if self._stranger(sock):
                     sock.close()
@@ -424,6 +431,8 @@ class Serving:
                 return None
             with suppress(OSError, PortwayError):  # for want of a descriptor or room: at the next look
                 self.top_up()  # another server may have given a slot back
+                if self.listening:
+                    self._watch_door()
                 self._settle()
             return _LOOK
 
