@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 pytest.importorskip("portway._native.pipe")
+from handoff_peers import patiently
 from verbs import Portway
 
 import portway as library
@@ -312,3 +313,24 @@ def test_dotnet_by_name(portway: Portway, listen: Start, netpeer: Path) -> None:
         assert connected["event"] == "connected"  # the first and only one: listing was none
     finally:
         theirs.communicate("quit\n", timeout=30)
+
+
+def test_a_name_that_another_program_took(portway: Portway, listen: Start) -> None:
+    path = f"{portway.env['PORTWAY_ROOT']}/CoreFxPipe_Mine"
+    server = listen("Mine", "--mode", "byte", "--count", "2")
+    os.unlink(path)  # as .NET's server does
+    with socket.socket(socket.AF_UNIX) as theirs:
+        theirs.bind(path)
+        theirs.listen()
+        theirs.setblocking(False)
+        patiently(lambda: [one["dotnet_state"] for one in portway.lines("pipe", "ls")] == ["taken", "ours"])
+        assert [one["kind"] for one in portway.lines("pipe", "ls")] == ["portway", "dotnet"]
+        found = {one["what"]: one for one in map(json.loads, portway.run("doctor", "--json").stdout.splitlines())}
+        assert "CoreFxPipe_Mine: served by other programs" in found["files of .NET's pipes"]["says"]
+        for text in ("a", "b"):
+            portway.json("pipe", "send", "mine", text)
+        with pytest.raises(BlockingIOError):
+            theirs.accept()
+    out, remarks = server.finished()
+    assert out == ["ab"]
+    assert remarks.count("CoreFxPipe_Mine") == 1 and "Traceback" not in remarks
