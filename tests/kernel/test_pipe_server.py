@@ -271,7 +271,7 @@ def test_makefile(made: Any) -> None:
 
 
 def test_messages_are_no_file_unless_read_as_bytes(made: Any) -> None:
-    server, pipe, client = map(made, pair())
+    _server, pipe, client = map(made, pair())
     with pytest.raises(errors.BadPipe):
         pipe.makefile("rb")
     pipe.read_mode = "byte"
@@ -610,7 +610,7 @@ def test_a_narrower_client_of_a_duplex_pipe(made: Any) -> None:
 
 
 def test_more_data_and_the_rest(made: Any) -> None:
-    server, pipe, client = map(made, pair())
+    _server, pipe, client = map(made, pair())
     client.send(b"0123456789")
     with pytest.raises(errors.MoreData) as caught:
         pipe.receive(4)
@@ -646,7 +646,7 @@ def test_above_max_message_it_can_still_be_read_in_parts(size: int, made: Any) -
 
 
 def test_cancel_ends_what_waits_at_this_end_and_loses_nothing(made: Any) -> None:
-    server, pipe, client = map(made, pair())
+    _server, pipe, client = map(made, pair())
     client.cancel()
     for _ in range(20):
         waiting = [in_thread(lambda: pipe.receive()) for _ in range(2)]
@@ -663,7 +663,7 @@ def test_cancel_ends_what_waits_at_this_end_and_loses_nothing(made: Any) -> None
 
 
 def test_a_cancelled_send_inside_a_message_is_told_to_the_reader(made: Any) -> None:
-    server, pipe, client = map(made, pair())
+    _server, pipe, client = map(made, pair())
     send = in_thread(lambda: client.send(b"x" * (32 << 20)))
     assert len(patiently(lambda: pipe.peek(1)[0])) == 1
     patiently(lambda: not send.thread.is_alive() or client.cancel())
@@ -858,7 +858,7 @@ def test_a_server_killed_at_every_step_leaves_nothing_after_one_look(
 
     stack = contextlib.ExitStack()
     if also:
-        other, pipe, client = map(stack.enter_context, pair(mode=mode, instances=1))
+        _other, pipe, client = map(stack.enter_context, pair(mode=mode, instances=1))
     step, code = 0, -1
     while code:
         step += 1

@@ -16,7 +16,6 @@ from __future__ import annotations
 import os
 import socket
 import stat
-import threading
 import struct
 import threading
 from contextlib import suppress
@@ -150,7 +149,6 @@ class _Moved:
         self.record = Record(fd, folder_fd, Place(info.st_uid, os.path.dirname(folder)), folder, header)
         self.record.adopt(slot)
         self.who: Who = who()
-        self.lock = threading.RLock()
 
     @property
     def lock(self) -> threading.RLock:
