@@ -230,6 +230,19 @@ def test_a_signal_ends_it_cleanly_with_clients_connected(portway: Portway, liste
             pipe.receive(timeout=20)
 
 
+def test_a_signal_that_was_ignored_from_the_start_stays_so(portway: Portway) -> None:
+    command = portway.command("pipe", "listen", "s", "--count", "1")
+    nohup = f"trap '' HUP; exec {' '.join(command)}"
+    with subprocess.Popen(["sh", "-c", nohup], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=portway.env) as one:
+        try:
+            assert one.stderr is not None and b"serving" in one.stderr.readline()
+            one.send_signal(signal.SIGHUP)
+            portway.json("pipe", "send", "s", "still here")
+            assert one.communicate(timeout=30)[0] == b"still here\n" and one.returncode == 0
+        finally:
+            one.kill()
+
+
 def test_exit_codes_for_scripts(portway: Portway, listen: Start) -> None:
     done = portway.run("pipe", "send", "nobody", "x")
     assert done.returncode == 3

@@ -186,9 +186,11 @@ class Listener:
 
 @contextmanager
 def _signals() -> Iterator[int]:
-    """A descriptor that is readable once a signal has come; children get the signals as ever."""
+    """A descriptor that is readable once a signal has come; children get the signals as ever. What was ignored when we
+    were started (nohup, a shell's ``&``) stays ignored."""
     reads, writes = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-    before = {number: signal.signal(number, lambda *_: None) for number in _SIGNALS}
+    heard = [number for number in _SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, lambda *_: None) for number in heard}
     wakeup = signal.set_wakeup_fd(writes)
     try:
         yield reads
