@@ -74,10 +74,12 @@ class Listener:
             left = dict(self._open)
             for child in self._children:
                 child.terminate()
-        for thread, pipe in left.items():
-            with suppress(PortwayError):
-                pipe.cancel()
-            thread.join(5)
+        patience = Deadline(5)
+        while any(thread.is_alive() for thread in left) and not patience.expired:
+            for thread, pipe in left.items():
+                with suppress(PortwayError):
+                    pipe.cancel()  # of what waits now; who is between two calls is met the next time
+                thread.join(0.02)
         os.close(self._bell)
 
     # -- one conversation, in a thread ---------------------------------------------------------------------------------
