@@ -184,7 +184,7 @@ def _names() -> dict[str, Any]:
     import psutil
 
     import portway
-    from portway import aio, errors
+    from portway import _accel, aio, errors
     from portway.kernel import fdpass, framing, handoff, inbox, offer, pipe_identity, process, session
 
     hashlib.blake2b(b"")
@@ -196,7 +196,7 @@ def _names() -> dict[str, Any]:
         "asyncio": asyncio, "threading": threading, "select": select, "resource": resource, "ctypes": ctypes,
         "fdpass": fdpass, "process": process, "inbox": inbox, "offer": offer, "session": session, "sys": sys,
         "framing": framing, "handoff": handoff, "descriptors": descriptors, "patiently": patiently, "idna": encodings,
-        "also": (psutil, pipe_identity),
+        "also": (psutil, _accel.identity), "pipe_identity": pipe_identity,
     }  # fmt: skip
 
 
