@@ -49,9 +49,11 @@ def world(monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
     """After the test nothing may be left in it."""
     path = tempfile.mkdtemp(prefix="pw-", dir="/tmp")
     os.chmod(path, 0o1777)
-    for name, value in (("TMPDIR", path), ("PORTWAY_ROOT", path), ("DOTNET_EnableDiagnostics", "0"),
-                        ("COMPlus_EnableDiagnostics", "0"), ("DOTNET_SYSTEM_GLOBALIZATION_INVARIANT", "1")):  # fmt: skip
-        monkeypatch.setenv(name, value)
+    for name in ("TMPDIR", "PORTWAY_ROOT"):
+        monkeypatch.setenv(name, path)
+    for name in ("DOTNET_EnableDiagnostics", "COMPlus_EnableDiagnostics"):
+        monkeypatch.setenv(name, "0")
+    monkeypatch.setenv("DOTNET_SYSTEM_GLOBALIZATION_INVARIANT", "1")
     made = World(path)
     try:
         yield made
@@ -93,7 +95,8 @@ class Net:
         said = json.loads(line)
         self.seen.append(said)
         if said["event"] == "listening":
-            self._file = said["path"], os.lstat(said["path"]).st_ino
+            path = said["name"] if said["name"].startswith("/") else said["path"]
+            self._file = path, os.lstat(path).st_ino
         return said
 
     def event(self, *names: str, timeout: float = 30) -> dict[str, Any]:

@@ -244,7 +244,7 @@ class Front:
 
     def _put(self, file: str, expected: tuple[int, int] | None) -> bool:
         """Makes the path a link to `file`, or to a socket nobody has when that is "". False: it changed meanwhile."""
-        temporary = f"{self.file}.{os.urandom(2).hex()}"
+        temporary = _aside(self.record)
         try:
             if file:
                 os.link(file, temporary)
@@ -274,7 +274,7 @@ def remove_stale(record: Record) -> None:
     prefix = f".portway-{os.path.basename(record.folder)}-"
     if not record.alive():
         with suppress(OSError):
-            remove_path(record.header.front, f"{folder}/{prefix}aside{os.urandom(2).hex()}")
+            remove_path(record.header.front, _aside(record))
     with suppress(OSError):
         for name in os.listdir(folder):
             if name.startswith(prefix):
@@ -282,6 +282,11 @@ def remove_stale(record: Record) -> None:
                 with suppress(OSError), Seen(path, new=False) as seen:
                     if seen.left_over:
                         os.unlink(path)
+
+
+def _aside(record: Record) -> str:
+    """A name that `remove_stale` knows, should its maker be killed; shorter than a front's."""
+    return f"{os.path.dirname(record.header.front)}/.portway-{os.path.basename(record.folder)}-t{os.urandom(4).hex()}"
 
 
 def remove_path(path: str, aside: str) -> None:

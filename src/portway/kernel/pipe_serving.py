@@ -74,12 +74,12 @@ class Serving:
     def __init__(self, name: str, options: Options) -> None:
         self.name, self.options, self.who = parse_pipe_name(name), options, who()
         self.lock = threading.RLock()
-        self.closed = self.taken = self._warned = False
+        self.closed = self.taken = self._warned = self._news = False
         self.listening: list[Instance] = []
         self.used: set[Instance] = set()
         self._ready: deque[tuple[Instance, socket.socket]] = deque()
         self._by_fd: dict[int, Instance] = {}
-        self._bell, self._waiters = -1, 0
+        self._bell, self._waiters, self._woken = -1, 0, False
         self._door = object()  # the reaper's key for the front
         self._door_open = False
         self._claims: select.epoll | None = None  # tells once of each listener that it has its client
@@ -100,8 +100,7 @@ class Serving:
                 self.top_up()
                 self._settle()
                 self._show()
-                if self.front.path:
-                    reaper.watch(self, None, _LOOK, self._look)
+                reaper.watch(self, None, _LOOK, self._look)
             except BaseException:
                 self.close()
                 raise
@@ -212,29 +211,45 @@ class Serving:
     def _listen(self, instance: Instance) -> None:
         try:
             instance.listen()
+            assert instance.listener is not None
+            fd = instance.listener.fileno()
+            self._epoll.register(fd, select.EPOLLIN)
         except BaseException:
             instance.release()
             raise
-        assert instance.listener is not None
-        fd = instance.listener.fileno()
-        self._epoll.register(fd, select.EPOLLIN)
         self._by_fd[fd] = instance
         self.listening.append(instance)
         self._watch_door()
 
     def _take(self, instance: Instance) -> socket.socket | None:
-        """Stops it listening; its client, if one was faster."""
+        """Stops it listening; its client, if one was faster. OSError: as it was, no descriptor for the client."""
+        assert instance.listener is not None
+        fd = instance.listener.fileno()
+        self._epoll.unregister(fd)  # before it is closed, or a fork child's copy would still report it
+        try:
+            sock = instance.take()
+        except OSError:
+            self._epoll.register(fd, select.EPOLLIN)
+            raise
+        self._unlist(instance, fd)
+        return sock
+
+    def _refuse(self, instance: Instance) -> None:
+        """Stops it listening; who is in it sees the end."""
         assert instance.listener is not None
         fd = instance.listener.fileno()
         self._epoll.unregister(fd)
+        self._unlist(instance, fd)
+        instance.refuse()
+
+    def _unlist(self, instance: Instance, fd: int) -> None:
         del self._by_fd[fd]
         self.listening.remove(instance)
-        return instance.take()
 
     def release(self, instance: Instance) -> None:
         """Its conversation is over: the slot is free, and perhaps listens again at once."""
         with self.lock:
-            if self.record.closed:
+            if self.record.closed or instance not in self.used:
                 return
             self.used.discard(instance)
             if not self.closed and len(self.listening) < self._wanted():
@@ -260,9 +275,7 @@ class Serving:
         with self.lock:
             self._require()
             instance = self.listening[0]
-            sock = self._take(instance)
-            if sock is not None:
-                sock.close()
+            self._refuse(instance)
             instance.connected_none()
             self.used.add(instance)
             self._show()
@@ -305,14 +318,13 @@ class Serving:
         with self.lock:
             self._require()
             self._warn()
-            while not self._ready and (ready := self._clients()):
-                for instance in ready:
-                    self._take_client(instance)
+            with within_limits(f"a client of the pipe {self.name}"):
+                while not self._ready and (ready := self._clients()):
+                    self._take_client(ready[0])
             if not self._ready:
                 return None
             found = self._ready.popleft()
-            if not self._ready:
-                self._unring()
+            self._set_bell()
             return found
 
     def _clients(self) -> list[Instance]:
@@ -340,27 +352,33 @@ class Serving:
             elif self.record.header.direction is Direction.OUTBOUND:
                 sock.shutdown(socket.SHUT_RD)
         self._ready.append((instance, sock))
-        with within_limits("another instance"):
+        with suppress(OSError, PortwayError):  # no descriptor, no room: at the next look
             self.top_up()
         self._show()
 
     def _ring(self) -> None:
         os.eventfd_write(self._bell, 1)
 
-    def _unring(self) -> None:
-        with suppress(BlockingIOError):
-            os.eventfd_read(self._bell)
+    def _set_bell(self) -> None:
+        """Rings as long as a client is ready, or somebody who waits shall look up."""
+        if self._ready or self._woken:
+            self._ring()
+        else:
+            with suppress(BlockingIOError):
+                os.eventfd_read(self._bell)
 
     def wake(self) -> None:
         """Makes `wait` return, in every thread; `unwake` ends that."""
-        with self.lock:
-            if not self.closed:
-                self._ring()
+        self._wake(True)
 
     def unwake(self) -> None:
+        self._wake(False)
+
+    def _wake(self, woken: bool) -> None:
         with self.lock:
-            if not self.closed and not self._ready:
-                self._unring()
+            self._woken = woken
+            if not self.closed:
+                self._set_bell()
 
     # -- .NET's door ---------------------------------------------------------------------------------------------------
 
@@ -461,21 +479,23 @@ class Serving:
         with self.lock:
             if self.closed:
                 return None
-            if len(self.listening) < self._wanted():  # another server may have given a slot back
-                self.top_up()
-            if self.listening and not self._door_open:
-                self._watch_door()
-            self._settle()
-            self._show()
-            if self.taken and not self._warned:
+            with suppress(OSError, PortwayError):  # for want of a descriptor or room: at the next look
+                self.top_up()  # another server may have given a slot back
+                if self.listening and not self._door_open:
+                    self._watch_door()
+                self._settle()
+                self._show()
+            if self.taken and not self._warned and not self._news:
+                self._news = True
                 self._ring()  # for accept() to warn
             return _LOOK
 
     def _warn(self) -> None:
+        if self._news:
+            self._news = False
+            self._set_bell()
         if self.taken and not self._warned and self.front is not None:
             self._warned = True
-            if not self._ready:
-                self._unring()
             path = self.front.path
             warnings.warn(
                 f"{self.front.why or f'{path} is another server now{_server_of(path)}'}: .NET's clients do not reach "
@@ -498,9 +518,7 @@ class Serving:
                 self._claims.close()
                 self._claims = None
             for instance in list(self.listening):
-                sock = self._take(instance)
-                if sock is not None:
-                    sock.close()
+                self._refuse(instance)
                 instance.release()
             for instance, sock in self._ready:
                 sock.close()
@@ -557,7 +575,7 @@ def _serves(place: Place, name: PipeName) -> bool:
 
 
 def _server_of(path: str) -> str:
-    """" (pid 12, dotnet)", as far as /proc tells."""
+    """ " (pid 12, dotnet)", as far as /proc tells."""
     with suppress(Exception):
         import psutil
 
