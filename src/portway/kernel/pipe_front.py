@@ -126,27 +126,32 @@ class Front:
         the way, or nothing can be made there)."""
         self.why = ""
         """What is wrong, when it is ``blocked``."""
-        if not self.path:
-            return
-        kind = socket.SOCK_SEQPACKET if record.header.message else socket.SOCK_STREAM
+        if self.path:
+            self._make()
+
+    def _make(self) -> None:
+        message = self.record.header.message
         try:
-            self.socket = bind_socket(kind, self.file, security)
+            made = bind_socket(socket.SOCK_SEQPACKET if message else socket.SOCK_STREAM, self.file, self.security)
             info = os.lstat(self.file)
         except OSError as error:
             folder = os.path.dirname(self.path)
             if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS):
                 raise full(error, self.path) from error
-            if record.header.name == self.path:  # a rooted name is nowhere else
+            if self.record.header.name == self.path and self.identity is None:  # a rooted name is nowhere else
                 raise AccessDenied(f"{folder}: {os.strerror(error.errno or 0)}") from error
             self.state, self.why = "blocked", f"{folder}: {os.strerror(error.errno or 0)}"
             return
-        if not record.header.message:
-            self.socket.listen(4096)
-        self.identity = info.st_dev, info.st_ino
+        if not message:
+            made.listen(4096)
+        self.stop()
+        self.socket, self.identity, self.why = made, (info.st_dev, info.st_ino), ""
 
     def settle(self, free: bool) -> None:
         """Under the gate: makes the path what it should be; notes in `state` what it is. free: whether an instance of
         this server's can take a client."""
+        if self.path and self.identity is None:
+            self._make()  # perhaps the folder is there now
         if self.identity is None:
             return
         free = free or self.record.header.message
@@ -156,6 +161,10 @@ class Front:
                 wanted = self._wanted(seen, free)
                 if wanted is None:
                     return
+                if wanted == self.file and not os.path.lexists(wanted):  # somebody has emptied the folder
+                    self._make()
+                    if self.why:
+                        return
                 try:
                     done = self._put(wanted, seen.identity)
                 except OSError as error:

@@ -94,7 +94,7 @@ class Serving:
                 self._epoll.register(self._bell, select.EPOLLIN)
                 with self.record.gate():
                     self.front = Front(self.record, self.who.number, options.security)
-                if self.front.socket is not None and not self.record.header.message:
+                if self.front.path and not self.record.header.message:
                     self._claims = select.epoll()
                 self._listen(Instance(self.record, slot, self.who, options.security))
                 self.top_up()
@@ -466,11 +466,16 @@ class Serving:
         front = self.front
         if front is None or self.record.closed:
             return
-        free = self._free()
+        free, door = self._free(), front.socket
         try:
             with self.record.gate(patience=0.2):
                 front.settle(free)
             self._shown = free
+            if front.socket is not door:
+                reaper.forget(self._door)
+                self._door_open = False
+                if self.listening:
+                    self._watch_door()
         except (PortwayError, OSError):
             self._shown = None
         self.taken = front.state in ("taken", "blocked")
@@ -532,7 +537,7 @@ class Serving:
                 self._leave()
             else:
                 self._settle()
-                if self.front is not None:
+                if self.front is not None and not self.record.header.message:
                     self.front.stop()
         _live.discard(self)
 
