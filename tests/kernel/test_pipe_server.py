@@ -247,7 +247,7 @@ def test_descriptors_and_selectors(made: Any) -> None:
 
 
 def test_makefile(made: Any) -> None:
-    _server, pipe, client = map(made, pair(mode="byte"))
+    _, pipe, client = map(made, pair(mode="byte"))
     with client.makefile("w", encoding="utf-8", newline="\n") as out, pipe.makefile("r", encoding="utf-8") as into:
         out.write("één\ntwee\n")
         out.flush()
