@@ -6,6 +6,7 @@ import json
 import os
 import select
 import shutil
+import stat
 import subprocess
 import tempfile
 import threading
@@ -69,7 +70,7 @@ class Net:
     def __init__(self, *command: str, uid: int | None = None, **env: str) -> None:
         self.seen: list[dict[str, Any]] = []
         self._rest = b""
-        self._file: tuple[str, int] | None = None
+        self._file = ""
         user: dict[str, Any] = {} if uid is None else {"user": uid, "group": uid, "extra_groups": []}
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0, env={**os.environ, **env}, **user
@@ -95,8 +96,7 @@ class Net:
         said = json.loads(line)
         self.seen.append(said)
         if said["event"] == "listening":
-            path = said["name"] if said["name"].startswith("/") else said["path"]
-            self._file = path, os.lstat(path).st_ino
+            self._file = said["name"] if said["name"].startswith("/") else said["path"]
         return said
 
     def event(self, *names: str, timeout: float = 30) -> dict[str, Any]:
@@ -138,11 +138,14 @@ class Net:
         self.process.wait(30)
 
     def close(self) -> None:
-        """Ends it, and removes the file that a .NET server leaves when it is killed, or in a hurry."""
+        """Ends it, and removes the file that a .NET server leaves when it is killed, or in a hurry; a file of portway's
+        there is a link to another, or marked sticky, and stays."""
         self.kill()
         with suppress(FileNotFoundError):
-            if self._file is not None and os.lstat(self._file[0]).st_ino == self._file[1]:
-                os.unlink(self._file[0])
+            if self._file:
+                info = os.lstat(self._file)
+                if info.st_nlink == 1 and not info.st_mode & stat.S_ISVTX:
+                    os.unlink(self._file)
         for file in (self.process.stdin, self.process.stdout):
             assert file is not None
             with suppress(BrokenPipeError):
