@@ -835,7 +835,7 @@ def kill_at(step: int) -> None:
 
     for module, names in (
         (os, "mkdir rename chmod fchmod link unlink rmdir pwrite posix_fallocate open setxattr"),
-        (ofdlock, "try_lock unlock"), (pipe_record, "try_lock unlock"), (pipe_front, "_swap"),
+        (ofdlock, "try_lock unlock"), (pipe_record, "try_lock unlock"), (pipe_front, "_rename"),
         (socket.socket, "bind listen shutdown"),
     ):  # fmt: skip
         for name in names.split():

@@ -182,7 +182,8 @@ class Search:
     def _claim_dotnet(self) -> Claim:
         path = self._dotnet_path()
         self._check_uid(path, look_at(path).uid)  # before anybody has a client that is not his
-        sock = _connected(socket.SOCK_STREAM, path, self.name)
+        busy = PipeBusy(f"{path} has as many clients as may wait there")
+        sock = _connected(socket.SOCK_STREAM, path, self.name, busy)
         if sock is None:
             raise PipeNotFound(f"the pipe {self.name} has gone this moment: {path}")
         try:
@@ -236,8 +237,8 @@ class Search:
         return wait if left is None else min(wait, left)
 
 
-def _connected(kind: int, path: str, name: PipeName) -> socket.socket | None:
-    """None: it does not listen, or has its client. Never waits."""
+def _connected(kind: int, path: str, name: PipeName, busy: PipeBusy | None = None) -> socket.socket | None:
+    """None: it does not listen, or has its client (`busy`, if given). Never waits."""
     with within_limits(f"the pipe {name}"):
         sock = socket.socket(socket.AF_UNIX, kind | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
     wrong = sock.connect_ex(path)
@@ -245,6 +246,8 @@ def _connected(kind: int, path: str, name: PipeName) -> socket.socket | None:
         sock.setblocking(True)
         return sock
     sock.close()
+    if wrong == errno.EAGAIN and busy is not None:
+        raise busy
     if wrong in (errno.EAGAIN, errno.ECONNREFUSED, errno.ENOENT):
         return None
     if wrong in (errno.EACCES, errno.EPERM):
