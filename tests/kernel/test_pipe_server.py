@@ -974,6 +974,25 @@ t.start()
     assert process.run("t.is_alive()")
 
 
+def test_without_descriptors_the_door_of_others_stays(peer: Any, pipe_root: str) -> None:
+    """A client that knows only .NET's path waits until there is a descriptor for it."""
+    process = peer()
+    process.run("os.environ.update(env)", env=world_of(pipe_root))
+    process.run("""
+s = portway.NamedPipeServer("p", backlog=2)
+t = threading.Thread(target=s.serve, args=(lambda pipe: pipe.send(pipe.receive(99)),), daemon=True)
+t.start()
+""")
+    process.run(NO_DESCRIPTORS)
+    with socket.socket(socket.AF_UNIX) as stranger:
+        stranger.settimeout(10)
+        stranger.connect(f"{pipe_root}/tmp/CoreFxPipe_p")
+        stranger.sendall(b"patience")
+        patiently(lambda: process.run("not s.serving._door_open"))  # the reaper's thread has tried
+        process.run("[os.close(one) for one in spare]")
+        assert stranger.recv(99) == b"patience"
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount")
 @pytest.mark.parametrize("blocks", [1, 2, 3, 6, 12])
 def test_a_full_file_system_is_one_clear_error(blocks: int, tmp_path: Any, monkeypatch: Any) -> None:

@@ -67,7 +67,13 @@ class NamedPipeServer:
     def _keep(self, waiter: asyncio.Future[Any]) -> None:
         """A client that came in the moment of cancelling is the next accept()'s."""
         if waiter.done() and not waiter.cancelled() and waiter.exception() is None:
-            self._returned.append(waiter.result())
+            other = next((one for one in self._waiting if not one.done()), None)
+            if self.closed:
+                self.sync._connection(*waiter.result()).close()
+            elif other is not None:
+                other.set_result(waiter.result())
+            else:
+                self._returned.append(waiter.result())
 
     def _watch(self) -> None:
         if self._watching < 0 and self._loop is not None:
@@ -165,13 +171,15 @@ class NamedPipeClient(AsyncPipeEnd):
         return await cls(name, **options).__aenter__()
 
     async def __aenter__(self) -> Self:
+        if hasattr(self, "sync"):  # from `open`
+            return self
         name, timeout, appear, options = self._how
         deadline = Deadline(timeout)
         server_uid, root = options.get("server_uid"), options.get("root")
         with Search(name, None, server_uid, None if root is None else os.fspath(root)) as search:
             while True:
                 try:
-                    end = _SyncClient(name, timeout=0, **options)
+                    end = _SyncClient(name, timeout=0, appear=appear, **options)
                     break
                 except (PipeBusy, PipeNotFound) as error:
                     give_up(error, deadline, appear)

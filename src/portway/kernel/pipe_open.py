@@ -16,11 +16,11 @@ from typing import NamedTuple
 from ..deadline import Deadline
 from ..errors import AccessDenied, AmbiguousName, BadPipe, ObjectCorrupt, PipeBusy, PipeNotFound
 from ..wire.pipe import DISCONNECTED_AT, Header, Line, LineState, line_at
-from .device import Device
+from .device import Device, Place
 from .netinfo import look_at, unix_queue
 from .pipe_name import DOTNET_PREFIX, PipeName, dotnet_folder, fold, parse_pipe_name
 from .pipe_record import Record, find
-from .process import peer_of, user_name, within_limits
+from .process import overflow_uid, peer_of, user_name, within_limits
 
 __all__ = ["Claim", "Search"]
 
@@ -45,9 +45,13 @@ class Search:
     def __init__(self, name: str, access: int | None, server_uid: int | None, root: str | None) -> None:
         self.name: PipeName = parse_pipe_name(name)
         self.access, self.server_uid = access, server_uid
+        if server_uid is not None and server_uid == overflow_uid():
+            raise AccessDenied(f"server_uid={server_uid} is nobody: whoever has no number here", hint="name another")
         self.device = Device("pipe", root)
         self._busy: Record | None = None
         self._wrong: Exception | None = None
+        self.patient = False
+        """Waiting for the name: another user's closed or broken pipe is no reason to give up."""
         self._seen = 0
         self._wait = _FIRST_PAUSE
         self.default_wait_ms = 50
@@ -115,10 +119,12 @@ class Search:
             try:
                 record = find(place, self.name)
             except AccessDenied as error:
-                self._wrong = self._wrong or self._denied(place.uid, error)
+                if not self._waits(place):
+                    self._wrong = self._wrong or self._denied(place.uid, error)
                 continue
             except (ObjectCorrupt, OSError) as error:
-                self._wrong = self._wrong or error
+                if not self._waits(place):
+                    self._wrong = self._wrong or error
                 continue
             if record is None:
                 continue
@@ -127,6 +133,9 @@ class Search:
                 return record
             record.close()
         return None
+
+    def _waits(self, place: Place) -> bool:
+        return self.patient and self.server_uid is None and place.uid != os.geteuid()
 
     def _denied(self, uid: int, error: AccessDenied) -> AccessDenied:
         if uid == os.geteuid():
@@ -190,7 +199,10 @@ class Search:
 
     def _dotnet_path(self) -> str:
         exact = self.name.dotnet_path
-        if exact and look_at(exact).state in ("live", "denied"):
+        if exact and (seen := look_at(exact)).state in ("live", "denied"):
+            if self.server_uid is not None and seen.uid not in (self.server_uid, -1):
+                owner, wanted = user_name(seen.uid), user_name(self.server_uid)
+                raise AccessDenied(f"{exact} belongs to uid {owner}, not {wanted}")
             return exact
         others = [] if self.name.rooted else _same_but_for_case(self.name)
         if len(others) > 1:

@@ -311,6 +311,7 @@ def make(device: Device, name: PipeName, header: Header, shared: bool) -> Record
     try:
         with suppress(FileExistsError):
             os.mkdir(folder, 0o700)  # in a folder that is ours alone; see below for who else may enter
+            os.chmod(folder, 0o700)  # the umask may have taken our own rights
         folder_fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     except FileNotFoundError:
         return None
