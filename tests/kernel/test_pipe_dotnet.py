@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import stat
 import threading
@@ -18,7 +19,7 @@ from handoff_peers import patiently
 from sync_world import Process, in_thread
 
 pytest.importorskip("portway._native.pipe")
-from portway import NamedPipeClient, NamedPipeServer, Security, errors, list_pipes, wait_pipe
+from portway import NamedPipeClient, NamedPipeServer, Security, aio, errors, list_pipes, wait_pipe
 from portway.kernel.pipe_serving import PipeNameTaken
 
 __all__ = ["world"]
@@ -362,6 +363,26 @@ def test_directions_of_dotnet_servers(net: NetStart) -> None:
             pipe.send(b"x")
 
 
+def test_the_asyncio_twins(net: NetStart) -> None:
+    async def main() -> None:
+        async with aio.NamedPipeServer("twin", max_instances=1) as server:
+
+            async def handler(pipe: Any) -> None:
+                async for chunk in pipe:
+                    await pipe.send(chunk)
+
+            task = asyncio.create_task(server.serve(handler))
+            peers = [clients(net, "twin", "--size", "1000000") for _ in range(3)]
+            assert [await asyncio.to_thread(ok, one) for one in peers] == [10_000_000] * 3
+            task.cancel()
+        net("server", "--name", "twin")
+        async with aio.NamedPipeClient("TWIN", timeout=5) as pipe:
+            await pipe.send(b"x")
+            assert await pipe.receive() == b"x"
+
+    asyncio.run(main())
+
+
 # -- users -------------------------------------------------------------------------------------------------------------
 
 
@@ -416,7 +437,7 @@ def test_a_dotnet_server_of_another_user_that_is_closed_to_us(
 
     process = start(stranger)
     assert "not open to uid" in process.hear()
-    assert "served by another program" in process.hear()
+    assert "may be served by another program of uid 0" in process.hear()
 
 
 def test_everyone_waits_for_an_instance_too(net: NetStart) -> None:

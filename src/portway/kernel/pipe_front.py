@@ -121,7 +121,7 @@ class Front:
         self.socket: socket.socket | None = None
         self.identity: tuple[int, int] | None = None
         self.state = "none"
-        """``ours``, ``another`` (another server of this pipe has the path), ``closed`` (no instance listens),
+        """``ours``, ``another`` (another server of this pipe has the path), ``closed`` (no instance is free),
         ``taken`` (a socket that is not this pipe's has it), ``blocked`` (a file of somebody else, or no socket, is in
         the way, or nothing can be made there)."""
         self.why = ""

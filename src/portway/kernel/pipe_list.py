@@ -58,7 +58,7 @@ class PipeInfo(NamedTuple):
     dotnet_path: str
     """Where .NET finds it; "" for none."""
     dotnet_state: str
-    """``ours``: .NET's path leads to this pipe; ``closed``: no instance listens; ``taken``: another program's server
+    """``ours``: .NET's path leads to this pipe; ``closed``: no instance is free; ``taken``: another program's server
     has the path; ``blocked``: a file is in the way; ``absent``; ``none``."""
     detail: tuple[InstanceInfo, ...]
 

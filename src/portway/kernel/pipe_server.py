@@ -251,7 +251,7 @@ class NamedPipeServer:
 
     @property
     def dotnet_state(self) -> str:
-        """``ours``, ``another`` (server of this pipe has the path), ``closed`` (no instance listens: .NET waits),
+        """``ours``, ``another`` (server of this pipe has the path), ``closed`` (no instance is free: .NET waits),
         ``taken`` (another program's server has it), ``blocked`` (a file is in the way), ``none``."""
         return self.serving.front.state if self.serving.front else "none"
 

@@ -161,9 +161,13 @@ class Serving:
                 other = user_name(place.uid)
                 raise AccessDenied(f"uid {other} serves the pipe {self.name}", hint="take another name")
         path = self.name.dotnet_path
-        if path and look_at(path).state in ("live", "denied"):
+        seen = look_at(path) if path else None
+        if path and seen and seen.state in ("live", "denied"):
+            # whether another user's socket lives is not told to who may not connect
+            may = "may be served by another program" + (f" of uid {user_name(seen.uid)}" if seen.uid >= 0 else "")
             raise AccessDenied(
-                f"the pipe {self.name} is served by another program: {path}{_server_of(path)}",
+                f"the pipe {self.name} {'is served by another program' if seen.state == 'live' else may}: "
+                f"{path}{_server_of(path)}",
                 hint="end it, or take another name",
             )
 
