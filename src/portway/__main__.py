@@ -19,6 +19,7 @@ VERBS = {
     "handoff": "Move sockets between processes by hand.",
     "map": "Shared memory by name: make, read, write, list.",
     "sync": "Mutexes, semaphores, events, timers: list, make, wait, signal.",
+    "pipe": "Named pipes, .NET's too: list, serve, send, call, measure.",
     "tour": "Show what portway does, with real processes.",
     "doctor": "What works on this machine.",
 }

@@ -29,6 +29,7 @@ from .errors import (
     NoData,
     NotSupported,
     ObjectClosed,
+    OperationAborted,
     OperationTimeout,
     PipeEmpty,
     PipeListening,
@@ -106,23 +107,52 @@ class _ServerHandle(PipeHandle):
         super().__init__(name)
         self.server: Serving = server
         self.disconnected = False
+        self.interrupts = self._waiting = 0
 
-    def look(self, seconds: float | None = 0) -> bool:
+    def look(self) -> bool:
         """Takes the client that has opened the instance; False when there is none yet."""
-        if self.closed:
-            raise ObjectClosed(f"this handle of the pipe {self.name} is closed")
-        if self.end is not None or self.disconnected:
-            return self.end is not None
-        found = self.server.accept()
-        if found is None and seconds != 0:
-            self.server.wait(seconds)
+        with self.server.lock:
+            if self.closed:
+                raise ObjectClosed(f"this handle of the pipe {self.name} is closed")
+            if self.end is not None or self.disconnected:
+                return self.end is not None
             found = self.server.accept()
-        if found is None:
-            return False
-        self.end = NamedPipeConnection(self.server, *found, max_message=64 << 20, timeout=None)
-        if self.end.message:
-            self.end.read_message = self.read_message
-        return True
+            if found is None:
+                return False
+            self.end = NamedPipeConnection(self.server, *found, max_message=64 << 20, timeout=None)
+            if self.end.message:
+                self.end.read_message = self.read_message
+            if self._waiting:  # another thread's ConnectNamedPipe has its client by this
+                self.server.wake()
+            return True
+
+    def wait(self, seconds: float | None, interrupts: int) -> None:
+        """Until there may be a client. `OperationAborted`, `PipeNotConnected`: cancelled or disconnected since
+        `interrupts` was read."""
+        with self.server.lock:
+            self._check(interrupts)
+            self._waiting += 1
+        try:
+            self.server.wait(seconds)
+        finally:
+            with self.server.lock:
+                self._waiting -= 1
+                if not self._waiting:
+                    self.server.unwake()
+        self._check(interrupts)
+
+    def _check(self, interrupts: int) -> None:
+        if interrupts != self.interrupts:
+            if self.disconnected:
+                raise PipeNotConnected(f"the pipe {self.name} was disconnected meanwhile")
+            raise OperationAborted(f"waiting for a client of the pipe {self.name} was cancelled")
+
+    def interrupt(self) -> None:
+        """Ends every ConnectNamedPipe that waits now."""
+        with self.server.lock:
+            self.interrupts += 1
+            if self._waiting:
+                self.server.wake()
 
     def live(self) -> PipeEnd:
         if not self.look():
@@ -134,7 +164,7 @@ class _ServerHandle(PipeHandle):
     def gone(self) -> bool:
         """Whether the client has closed its end."""
         poll = select.poll()
-        poll.register(self.live().fileno(), select.POLLRDHUP)
+        poll.register(self.live().fileno(), 0)  # POLLHUP alone: an outbound end has shut its reading half itself
         return bool(poll.poll(0))
 
     def disconnect(self) -> None:
@@ -149,10 +179,11 @@ class _ServerHandle(PipeHandle):
         else:
             self._last = self.server.stop_listening()
         self.disconnected = True
+        self.interrupt()
 
     def listen_again(self) -> None:
-        self.disconnected = False
         self.server.listen_again(self._last)
+        self.disconnected = False
 
     def Close(self) -> None:
         if not self.closed:
@@ -195,6 +226,7 @@ def ConnectNamedPipe(handle: PipeHandle, *, timeout: float | None = None) -> int
     `NoData`: the last client has gone and was not disconnected. `PipeListening`: a PIPE_NOWAIT handle without client.
     """
     server = _server(handle)
+    interrupts = server.interrupts
     if server.disconnected:
         server.listen_again()
     elif server.look():
@@ -202,10 +234,11 @@ def ConnectNamedPipe(handle: PipeHandle, *, timeout: float | None = None) -> int
             raise NoData(f"the last client of the pipe {server.name} has gone", hint="DisconnectNamedPipe first")
         return ERROR_PIPE_CONNECTED
     deadline = Deadline(server.timeout(timeout))
-    while not server.look(deadline.remaining()):
+    while not server.look():
         if server.nowait:
             raise PipeListening(f"nobody has connected to the pipe {server.name} yet")
         deadline.check(f"waiting for a client of the pipe {server.name}")
+        server.wait(deadline.remaining(), interrupts)
     return 0
 
 
@@ -235,6 +268,7 @@ def CreateFile(
 
 def WaitNamedPipe(name: str, timeout: int, *, root: str | os.PathLike[str] | None = None) -> None:
     """timeout: milliseconds, or NMPWAIT_USE_DEFAULT_WAIT (0), NMPWAIT_NOWAIT (1), NMPWAIT_WAIT_FOREVER."""
+    _device_only(name)
     wait_pipe(name, _milliseconds(timeout), root=root)
 
 
@@ -242,6 +276,7 @@ def CallNamedPipe(
     name: str, data: bytes, bufSize: int, timeout: int, *, root: str | os.PathLike[str] | None = None
 ) -> bytes:
     """timeout: as in WaitNamedPipe, for an instance. `MoreData` when the answer is larger; its rest is lost."""
+    _device_only(name)
     limit = _milliseconds(timeout)
     if limit is not None and limit != DEFAULT_WAIT:
         wait_pipe(name, limit, root=root)
@@ -284,13 +319,15 @@ def WriteFile(handle: PipeHandle, data: bytes, *, timeout: float | None = None) 
 
 
 def PeekNamedPipe(handle: PipeHandle, size: int) -> tuple[bytes, int, int]:
-    """(up to `size` bytes, all that wait, what is left of this message after the copy). Never waits."""
+    """(up to `size` bytes, all that wait, what is left of this message after the copy). Never waits.
+
+    The last of a byte pipe, whose messages have no length, is minus the first, as on Windows."""
     try:
         end = handle.live()
     except (PipeListening, PipeNotConnected) as error:
         raise BadPipe(error.message) from None
     data, total, left = end.peek(size)
-    return data, total, left
+    return data, total, left if end.message else -len(data)
 
 
 def TransactNamedPipe(
@@ -339,22 +376,31 @@ def GetNamedPipeHandleState(handle: PipeHandle) -> tuple[int, int]:
 
 
 def GetNamedPipeInfo(handle: PipeHandle) -> tuple[int, int, int, int]:
-    """(flags, out buffer, in buffer, most instances). The sizes are the server's to know: 0 at a client."""
+    """(flags, out buffer, in buffer, most instances), as the first server said; (0, 0, 0, 255) of a pipe of .NET's."""
     if handle.closed:
         raise ObjectClosed(f"this handle of the pipe {handle.name} is closed")
     kind = PIPE_TYPE_MESSAGE * _is_message(handle)
-    if handle.server is None:
+    if handle.server is not None:
+        kind, header = kind | PIPE_SERVER_END, handle.server.record.header
+    elif isinstance(handle.end, NamedPipeClient) and handle.end.header is not None:
+        header = handle.end.header
+    else:
         return kind, 0, 0, PIPE_UNLIMITED_INSTANCES
-    header = handle.server.record.header
-    return kind | PIPE_SERVER_END, header.out_size, header.in_size, header.max_instances
+    return kind, header.out_size, header.in_size, header.max_instances
 
 
 def GetNamedPipeClientProcessId(handle: PipeHandle) -> int:
-    return handle.live().peer.pid if handle.server is not None else os.getpid()
+    return handle.live().peer.pid if handle.server is not None else _own_pid(handle)
 
 
 def GetNamedPipeServerProcessId(handle: PipeHandle) -> int:
-    return handle.live().peer.pid if handle.server is None else os.getpid()
+    return handle.live().peer.pid if handle.server is None else _own_pid(handle)
+
+
+def _own_pid(handle: PipeHandle) -> int:
+    if handle.closed:
+        raise ObjectClosed(f"this handle of the pipe {handle.name} is closed")
+    return os.getpid()
 
 
 def ImpersonateNamedPipeClient(handle: PipeHandle) -> AbstractContextManager[Any]:
@@ -364,6 +410,10 @@ def ImpersonateNamedPipeClient(handle: PipeHandle) -> AbstractContextManager[Any
 
 def CancelIoEx(handle: PipeHandle) -> None:
     """Ends what other threads wait for on this handle, with `OperationAborted`."""
+    if isinstance(handle, _ServerHandle):
+        handle.interrupt()
+        if not handle.look():
+            return
     handle.live().cancel()
 
 

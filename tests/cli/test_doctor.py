@@ -2,9 +2,13 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 
 def test_doctor_tries_everything_here() -> None:
@@ -44,3 +48,73 @@ runpy.run_module("portway", run_name="__main__")
     assert done.returncode == 1, done.stderr
     assert not found["take by pid"]["ok"] and "HandoffInbox" in found["take by pid"]["says"]
     assert found["push as a message"]["ok"]
+
+
+def pipes_of(env: dict[str, str], *prefix: str) -> tuple[int, dict[str, Any]]:
+    """doctor's exit code and findings in this environment."""
+    command = [*prefix, sys.executable, "-m", "portway", "doctor", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **env}, timeout=60)
+    assert "Traceback" not in done.stderr, done.stderr
+    return done.returncode, {one["what"]: one for one in map(json.loads, done.stdout.splitlines())}
+
+
+def test_doctor_serves_a_pipe_and_leaves_nothing(root: str) -> None:
+    _, found = pipes_of({"PORTWAY_ROOT": root, "TMPDIR": root})
+    pipes = found["named pipes"]
+    assert pipes["ok"]
+    assert f"in {root}/portway-pipe-{os.geteuid()}" in pipes["says"] and f"TMPDIR is {root}" in pipes["says"]
+    assert "PORTWAY_ROOT is set" in pipes["says"] and "sock_diag" not in pipes["says"]
+    assert [one for one in Path(root).rglob("*") if not one.is_dir()] == []
+
+
+def test_doctor_finds_what_lies_at_dotnets_paths_and_nobody_notices(root: str) -> None:
+    with socket.socket(socket.AF_UNIX) as stale:
+        stale.bind(f"{root}/CoreFxPipe_Stale")
+    Path(root, "CoreFxPipe_File").write_text("mine")
+    with socket.socket(socket.AF_UNIX) as theirs:
+        theirs.bind(f"{root}/CoreFxPipe_Th\x1beirs")
+        theirs.listen()
+        theirs.setblocking(False)
+        says = pipes_of({"PORTWAY_ROOT": root, "TMPDIR": root})[1]["files of .NET's pipes"]["says"]
+        with pytest.raises(BlockingIOError):  # it has no client, and never had one
+            theirs.accept()
+    assert "CoreFxPipe_Th?eirs: served by other programs" in says
+    assert "CoreFxPipe_Stale: stale" in says and "CoreFxPipe_File: no sockets" in says
+    assert sorted(one.name for one in Path(root).glob("CoreFx*")) == [
+        "CoreFxPipe_File", "CoreFxPipe_Stale", "CoreFxPipe_Th\x1beirs",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("length, ok, says", [(60, True, "names of up to"), (100, False, "no name fits")])
+def test_doctor_says_when_tmpdir_is_too_long_for_dotnet(root: str, length: int, ok: bool, says: str) -> None:
+    folder = Path(root, "x" * (length - len(root)))
+    folder.mkdir()
+    _, found = pipes_of({"PORTWAY_ROOT": root, "TMPDIR": str(folder)})
+    assert found["named pipes"]["ok"] is ok and says in found["named pipes"]["says"]
+
+
+def test_doctor_says_when_tmpdir_is_missing(root: str) -> None:
+    code, found = pipes_of({"PORTWAY_ROOT": root, "TMPDIR": f"{root}/none"})
+    assert code == 1 and "set TMPDIR" in found["files of .NET's pipes"]["says"]
+
+
+def test_doctor_recognises_a_private_tmp(root: str) -> None:
+    if os.geteuid() or subprocess.run(["unshare", "-m", "true"]).returncode:
+        pytest.skip("only root can mount")
+    private = Path(root, "systemd-private-0123456789abcdef0123456789abcdef-web@a-b.service-Ab3dEf", "tmp")
+    private.mkdir(parents=True, mode=0o1777)
+    mount, ours = f'mount --bind {private} /tmp && exec "$@"', Path(__file__).resolve().parents[2]
+    if ours.is_relative_to("/tmp"):  # a checkout there stays visible
+        seen = private / ours.relative_to("/tmp")
+        seen.mkdir(parents=True)
+        mount = f"mount --bind {ours} {seen} && mount --rbind {private} /tmp && exec \"$@\""
+    _, found = pipes_of({"PORTWAY_ROOT": root}, "unshare", "-m", "sh", "-c", mount, "sh")
+    assert "PrivateTmp of web@a-b.service" in found["pipes of others"]["says"]
+
+
+def test_doctor_recognises_a_container(root: str) -> None:
+    if os.geteuid() or subprocess.run(["unshare", "-pf", "true"]).returncode:
+        pytest.skip("only root can make namespaces")
+    _, found = pipes_of({"PORTWAY_ROOT": root, "TMPDIR": root}, "unshare", "-pf", "--mount-proc")
+    assert "container's pid namespace" in found["pipes of others"]["says"]
+    assert found["named pipes"]["ok"]

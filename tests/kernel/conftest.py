@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import pytest
+from pipe_world import pipe_root
 from sync_world import root, start
 
-__all__ = ["root", "start"]
+__all__ = ["pipe_root", "root", "start"]
 
 
 @pytest.fixture(autouse=True)

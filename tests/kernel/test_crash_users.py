@@ -7,6 +7,8 @@ locking: of those that everyone may open, if there is one.
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 
 import pytest
 from test_crash_sync import Server, crashing_build
@@ -103,7 +105,8 @@ def test_what_the_repairer_may_not_open_keeps_its_decision(alice, user):
         carol.run("mutex.release()\nif taken: second.release()", taken=taken)
 
 
-def test_a_user_who_may_not_open_what_decides_is_told_and_goes_on_after_its_repair(alice, user):
+@pytest.mark.parametrize("repair", ["use", "ls"])
+def test_a_user_who_may_not_open_what_decides_is_told_and_goes_on_after_its_repair(alice, user, repair):
     """Nothing is guessed: AccessDenied within the timeout, until any user who may open both has looked."""
     carol, bob, another = user(CAROL), user(BOB), user(ALICE)
     make(carol, "first", "Semaphore(1, 9, name", f"uids({ALICE})", FIRST)
@@ -115,8 +118,11 @@ def test_a_user_who_may_not_open_what_decides_is_told_and_goes_on_after_its_repa
             with pytest.raises(errors.AccessDenied, match="portway sync ls"):
                 bob.run(call)
         bob.start("second.wait(20)")  # it waits a little for somebody to repair
-        open_(another, "first", "Semaphore", FIRST)
-        another.run("touch(first); first.close()")
+        if repair == "use":
+            open_(another, "first", "Semaphore", FIRST)
+            another.run("touch(first); first.close()")
+        else:
+            subprocess.run([sys.executable, "-m", "portway", "sync", "ls"], check=True, capture_output=True, timeout=20)
         taken = point in DECIDED
         if taken:
             carol.run("first.value")

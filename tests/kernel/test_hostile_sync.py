@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import mmap
 import os
 import random
+import resource
 import signal
 import time
 
@@ -13,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sync_world import Process, in_thread, until
 
-from portway import Event, Mutex, Semaphore, WaitableTimer, errors, wait_all, wait_any
+from portway import Event, Mutex, Semaphore, WaitableTimer, aio, errors, wait_all, wait_any
 from portway.kernel.namespace import Namespace
 
 ALLOWED = (errors.ObjectCorrupt, errors.OperationTimeout, errors.NotOwner, errors.TooManyPosts)
@@ -81,11 +83,31 @@ def test_a_whole_page_of_noise(root, which):
         one.close()
 
 
-def test_a_stuck_internal_lock_is_an_error_in_time(root):
+def holder_of(*names):
+    """A process that has these open, and whose id may stand in a lock."""
+
+    def work(tell):
+        made = [one for one in objects() if one.name in names]
+        tell(len(made))
+        signal.pause()
+
+    child = Process(work)
+    assert child.hear() == len(names)
+    return child
+
+
+@pytest.fixture
+def stopped():
+    child = holder_of("e", "m")
+    yield child.pid.to_bytes(4, "little")
+    child.close()
+
+
+def test_a_stuck_internal_lock_is_an_error_in_time(root, stopped):
     event, mutex = Event("e"), Mutex("m")
     with page(event) as data, page(mutex) as other:
-        scribble(data, os.getppid().to_bytes(4, "little"), L_AT)
-        scribble(other, os.getppid().to_bytes(4, "little"), S_AT)
+        scribble(data, stopped, L_AT)
+        scribble(other, stopped, S_AT)
         with pytest.raises(errors.OperationTimeout):
             event.wait(0.05)
         with pytest.raises(errors.OperationTimeout):
@@ -100,14 +122,27 @@ def test_a_stuck_internal_lock_is_an_error_in_time(root):
 
 
 @pytest.mark.slow
-def test_a_stuck_internal_lock_without_a_time_limit(root):
+def test_a_stuck_internal_lock_without_a_time_limit(root, stopped):
     event = Event("e")
     with page(event) as data:
-        scribble(data, os.getppid().to_bytes(4, "little"), L_AT)
+        scribble(data, stopped, L_AT)
         begun = time.monotonic()
         with pytest.raises(errors.ObjectCorrupt, match="10 s"):
             event.set()
         assert time.monotonic() - begun < 15
+
+
+def test_a_lock_of_somebody_who_has_not_the_object_open_is_nobodys(root):
+    event, mutex = Event("e"), Mutex("m")
+    with page(event) as data, page(mutex) as other:
+        for nobody in (os.getppid(), 1, 0x1FFFFFFF):
+            scribble(data, nobody.to_bytes(4, "little"), L_AT)
+            event.set()
+            event.wait(0)
+            scribble(other, nobody.to_bytes(4, "little"), S_AT)
+            mutex.acquire(5)
+            assert mutex.abandoned
+            mutex.release()
 
 
 def test_a_forged_owner_or_death_gives_no_ownership_twice(root):
@@ -140,6 +175,70 @@ def test_a_cut_file_is_an_error_not_a_crash(root, start):
     child = start(work)
     assert child.hear() == "alive"
     assert child.wait() == 0
+
+
+@pytest.mark.parametrize("how", ["acquire", "wait_any", "poll", "asyncio"])
+def test_a_cut_file_keeps_the_death_of_an_owner_from_nobody_else(root, start, how):
+    """The kernel stops at the cut page when it marks what the killed process owned; the rest is found by asking."""
+
+    def work(tell):
+        mine, shared = Mutex("mine"), Mutex("shared")
+        mine.acquire()
+        shared.acquire()
+        tell("both")
+        signal.pause()
+
+    child = start(work)
+    assert child.hear() == "both"
+    mine, shared = Mutex.open("mine"), Mutex.open("shared")
+    with pytest.raises(errors.OperationTimeout):
+        mine.acquire(0)
+    os.truncate(shared.file.path, 0)
+    child.kill()
+    if how == "acquire":
+        mine.acquire(5)
+    elif how == "wait_any":
+        assert wait_any([Event("never"), mine], 5).abandoned == (mine,)
+    elif how == "poll":
+        until(lambda: acquired(mine), "told")
+    else:
+
+        async def wait():
+            async with aio.Mutex.open("mine") as one:
+                return one.abandoned
+
+        assert asyncio.run(wait())
+        return
+    assert mine.abandoned
+    mine.release()
+
+
+def acquired(mutex) -> bool:
+    try:
+        return mutex.acquire(0)
+    except errors.OperationTimeout:
+        return False
+
+
+def test_a_process_that_owned_more_than_the_kernel_marks(root, start):
+    def work(tell):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        keep = [Mutex(f"m{at}") for at in range(2100)]
+        for one in keep:
+            one.acquire()
+        tell("all")
+        signal.pause()
+
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    if hard < 3000:
+        pytest.skip("needs 3,000 descriptors")
+    child = start(work)
+    assert child.hear(30) == "all"
+    some = [Mutex.open(f"m{at}") for at in (0, 1, 49, 60, 2099)]
+    child.kill()
+    for one in some:
+        one.acquire(5)
+        assert one.abandoned
 
 
 def test_cut_under_a_waiter(root, start):

@@ -33,7 +33,7 @@ def root() -> Iterator[str]:
 def test_owner_is_the_default() -> None:
     assert Security() == Security.owner()
     assert (Security.owner().mode, Security.owner().acl(), Security.owner().is_owner_only) == (0o600, None, True)
-    assert (Security.everyone().mode, Security.everyone(write=False).mode) == (0o606, 0o604)
+    assert (Security.everyone().mode, Security.everyone(write=False).mode) == (0o666, 0o644)
     assert not Security.everyone(write=False).is_owner_only
 
 
@@ -50,6 +50,16 @@ def test_acl_bytes() -> None:
         struct.pack("<HHI", *one)
         for one in [(1, 6, 2**32 - 1), (2, 4, 1000), (4, 0, 2**32 - 1), (16, 4, 2**32 - 1), (32, 0, 2**32 - 1)]
     )
+
+
+@as_root
+@pytest.mark.parametrize("grant", [Security.everyone(), Security.everyone() | Security.uids(4009)], ids=["mode", "acl"])
+def test_everyone_includes_the_members_of_the_creators_group(root: str, grant: Security) -> None:
+    with (
+        FileMapping.create("Global\\shared", 4096, security=grant, root=root),
+        as_user(4004, groups=(os.getegid(),)) as peer,
+    ):
+        assert rights(peer, root) == "rw"
 
 
 def test_names_and_numbers() -> None:
@@ -164,4 +174,4 @@ def test_is_a_value() -> None:
         Security().others = 6  # type: ignore[misc]
     assert errors.PortwayError is not None
     assert repr(Security.uids(5)).startswith("Security(")
-    assert pickle.loads(pickle.dumps(Security.everyone().mode)) == 0o606
+    assert pickle.loads(pickle.dumps(Security.everyone().mode)) == 0o666

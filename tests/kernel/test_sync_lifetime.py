@@ -6,14 +6,17 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 
 import pytest
+from handoff_peers import descriptors
 from sync_world import files, in_thread, until
-from test_hostile_sync import L_AT, page, scribble
+from test_hostile_sync import L_AT, page, scribble, stopped
 
 from portway import Event, Mutex, errors, wait_all, wait_any
 from portway._accel import sync as native
 
+__all__ = ["stopped"]
 MULTI_AT = 0xFC4
 
 
@@ -156,6 +159,20 @@ def test_closed_by_another_thread_than_its_owners(root, how):
     assert run(script, root, PORTWAY_SYNC=how) == "alive\n"
 
 
+def test_an_owner_that_ends_after_the_last_close_leaves_nothing(root):
+    """Its memory and descriptor are needed until then, and go by themselves."""
+    mutex, held, go = Mutex("m"), threading.Event(), threading.Event()
+    thread = threading.Thread(target=lambda: (mutex.acquire(), held.set(), go.wait()))
+    thread.start()
+    held.wait()
+    before = set(descriptors())
+    mutex.close()
+    assert not files(root) and set(descriptors()) == before
+    go.set()
+    thread.join()
+    until(lambda: len(descriptors()) == len(before) - 1, "its descriptor is closed")
+
+
 def test_a_forked_child_does_not_keep_what_a_thread_of_its_parent_waited_for(root, start):
     def work(tell):
         event = Event("e")
@@ -179,20 +196,20 @@ def test_a_forked_child_does_not_keep_what_a_thread_of_its_parent_waited_for(roo
     assert not files(root), "the child, which lives, is no holder"
 
 
-def test_a_signal_handler_may_use_what_the_interrupted_wait_is_looking_at(root, start):
+def test_a_signal_handler_may_use_what_the_interrupted_wait_is_looking_at(root, start, stopped):
     """One object of a wait_all is locked by a process that is stopped: the others are not held meanwhile."""
 
     def work(tell):
-        a, b = Event("a"), Event("b")
+        a, b = Event("a"), Event("e")
         signal.signal(signal.SIGUSR1, lambda *_: (a.set(), tell(a.is_set())))
         tell("ready")
         with pytest.raises(errors.OperationTimeout):
             wait_all([a, b], 3)
         tell("over")
 
-    a, b = Event("a"), Event("b")
+    a, b = Event("a"), Event("e")
     with page(b) as data:
-        scribble(data, os.getppid().to_bytes(4, "little"), L_AT)
+        scribble(data, stopped, L_AT)
         child = start(work)
         child.hear()
         until(lambda: data[L_AT + 3] & 0x80, "it waits for the lock")
@@ -218,6 +235,52 @@ class in_time:
     def __exit__(self, *_):
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, self.before)
+
+
+def test_a_place_among_the_holders_that_is_given_anew_hides_nobody(root, start):
+    """The kernel names the locks of a file in the order they came, not by place."""
+
+    def work(tell):
+        event = Event("e")
+        tell(os.getpid())
+        event.wait(30)
+        tell("through")
+
+    first = start(work)
+    first.hear()
+    others = [start(work) for _ in range(3)]
+    for one in others:
+        one.hear()
+    event = Event("e")
+    until(lambda: event.waiters == 4, "all wait")
+    first.kill()
+    others.append(start(work))  # takes the place of the first
+    others[-1].hear()
+    until(lambda: event.waiters == 4, "all are counted")
+    assert {one.pid for one in event.file.holders()} == {os.getpid(), *(one.pid for one in others)}
+    for left in (3, 2, 1, 0):
+        event.pulse()
+        until(lambda left=left: event.waiters == left, "each pulse lets one through")
+    assert [one.hear() for one in others] == ["through"] * 4
+
+
+def test_an_owner_in_such_a_place_is_no_dead_one(root, start):
+    def work(tell, owns):
+        mutex = Mutex("m")
+        if owns:
+            mutex.acquire()
+        tell("ready")
+        signal.pause()
+
+    children = [start(work, False) for _ in range(3)]
+    for one in children:
+        one.hear()
+    mutex = Mutex.open("m")
+    children[0].kill()
+    assert start(work, True).hear() == "ready"
+    for timeout in (0, 0.3, 0.6):
+        with pytest.raises(errors.OperationTimeout):
+            mutex.acquire(timeout)
 
 
 @pytest.mark.parametrize("manual", [True, False])

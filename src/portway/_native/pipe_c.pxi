@@ -17,7 +17,7 @@ cdef extern from "pipe_io.h" nogil:
         uint32_t generation
         int found
     int64_t pw_pipe_now()
-    ssize_t pw_send_packet(int, uint64_t, const char *, size_t)
+    ssize_t pw_send_packet(int, uint64_t, const char *, size_t, int)
     ssize_t pw_recv_packet(int, uint64_t *, char *, size_t, char *, size_t, int, int *)
     ssize_t pw_peek_packet(int, uint64_t *, char *, size_t, size_t, size_t *, int, int *)
     void pw_drop_packet(int)
@@ -28,7 +28,7 @@ cdef extern from "pipe_io.h" nogil:
     unsigned PW_KIND(uint64_t)
     uint64_t PW_LEFT(uint64_t)
     int PW_OVERSIZE
-    int MSG_DONTWAIT, MSG_PEEK, MSG_NOSIGNAL, MSG_TRUNC, SHUT_RDWR, SOL_SOCKET, SO_RCVTIMEO, SO_PEEK_OFF, SO_ERROR
+    int MSG_DONTWAIT, MSG_PEEK, MSG_NOSIGNAL, MSG_TRUNC, SHUT_RDWR, SOL_SOCKET, SO_RCVTIMEO, SO_SNDTIMEO, SO_PEEK_OFF, SO_ERROR
     int POLLIN, POLLOUT, EFD_CLOEXEC, EFD_NONBLOCK, PROT_READ, MAP_SHARED, FIONREAD, SIOCOUTQ
     void *MAP_FAILED
     int setsockopt(int, int, int, const void *, unsigned)

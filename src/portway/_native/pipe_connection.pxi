@@ -62,7 +62,7 @@ cdef class Connection:
         self.timeout = timeout
         if max_message < 0:
             raise errors.InvalidParameter(f"max_message={max_message}: give bytes >= 0")
-        if setsockopt(fd, SOL_SOCKET, SO_RCVTIMEO, &t, sizeof(t)) != 0:
+        if setsockopt(fd, SOL_SOCKET, SO_RCVTIMEO, &t, sizeof(t)) or setsockopt(fd, SOL_SOCKET, SO_SNDTIMEO, &t, sizeof(t)):
             raise errors.InvalidParameter(f"descriptor {fd} is no socket: {os.strerror(errno)}")
         self.message, self.access, self.by_message, self.name = message, access, message and read_message, name
         self.max_message, self.pid, self.guess = max_message, getpid(), 64

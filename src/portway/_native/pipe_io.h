@@ -28,10 +28,10 @@ static int64_t pw_pipe_now(void) {
 }
 
 /* Header and payload as one packet. Bytes of payload sent, or -1. */
-static ssize_t pw_send_packet(int fd, uint64_t head, const char *data, size_t size) {
+static ssize_t pw_send_packet(int fd, uint64_t head, const char *data, size_t size, int flags) {
     struct iovec parts[2] = {{&head, 8}, {(void *)data, size}};
     struct msghdr message = {.msg_iov = parts, .msg_iovlen = size ? 2 : 1};
-    ssize_t got = sendmsg(fd, &message, MSG_DONTWAIT | MSG_NOSIGNAL);
+    ssize_t got = sendmsg(fd, &message, flags);
     return got < 0 ? -1 : got - 8;
 }
 
@@ -104,7 +104,7 @@ static int pw_send_abandoned(int fd) {
     int wrong;
     getsockopt(fd, SOL_SOCKET, SO_SNDBUF, &usual, &size);
     setsockopt(fd, SOL_SOCKET, SO_SNDBUF, &larger, sizeof larger);
-    got = pw_send_packet(fd, PW_ABANDONED, NULL, 0);
+    got = pw_send_packet(fd, PW_ABANDONED, NULL, 0, MSG_DONTWAIT | MSG_NOSIGNAL);
     wrong = errno;
     half = usual / 2; /* the kernel doubles what it is given */
     setsockopt(fd, SOL_SOCKET, SO_SNDBUF, &half, sizeof half);

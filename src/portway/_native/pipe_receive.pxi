@@ -123,7 +123,11 @@ cdef class Receiver(Connection):
             flags = MSG_DONTWAIT
 
     cdef int ended(self) except -1:
-        """The end of the stream: `BrokenPipe`, also in the middle of a message, whose part is no message."""
+        """The end of the stream: `BrokenPipe`, also in the middle of a message, whose part is no message; unless it came
+        with a disconnect, which may have been noted after the last look."""
+        if self._closed:
+            self.refuse()
+        self.look()
         what = "in the middle of a message" if self.expect or self.g_size > self.g_at else "and everything was read"
         self.drop_gathered()
         raise errors.BrokenPipe(f"the other end of the pipe {self.name} has gone, {what}")

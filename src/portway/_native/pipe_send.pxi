@@ -11,25 +11,34 @@ cdef class Sender(Receiver):
             raise errors.NoData(f"the other end of the pipe {self.name} has gone")
         raise OSError(wrong, os.strerror(wrong))
 
-    cdef Py_ssize_t put(self, const char *data, Py_ssize_t size, Py_ssize_t at) except -2:
-        """One system call's worth from `at` on: the place reached, -1: the queue is full."""
-        cdef Py_ssize_t part
+    cdef Py_ssize_t put(self, const char *data, Py_ssize_t size, Py_ssize_t at, bint block) except -2:
+        """One system call's worth from `at` on: the place reached, -1: the queue is full. `block`: for the time of
+        SO_SNDTIMEO, which is short."""
+        cdef Py_ssize_t part = min(size - at, <Py_ssize_t>(PACKET if self.message else 4 * PACKET))
         cdef ssize_t got
-        if self.message:
-            part = min(size - at, <Py_ssize_t>PACKET)
-            got = pw_send_packet(self._fd, <uint64_t>(size - at), data + at, part)
-        elif size - at > 4 * PACKET:
-            part = size - at
+        cdef int wrong, fd = self._fd
+        cdef bint message = self.message
+        cdef uint64_t left = size - at
+        cdef int flags = MSG_NOSIGNAL if block else MSG_DONTWAIT | MSG_NOSIGNAL
+        if block or part > PACKET + 64:
             with nogil:
-                got = c_send(self._fd, data + at, part, MSG_DONTWAIT | MSG_NOSIGNAL)
+                if message:
+                    got = pw_send_packet(fd, left, data + at, part, flags)
+                else:
+                    got = c_send(fd, data + at, part, flags)
+                wrong = errno
         else:
-            got = c_send(self._fd, data + at, size - at, MSG_DONTWAIT | MSG_NOSIGNAL)
+            if message:
+                got = pw_send_packet(fd, left, data + at, part, flags)
+            else:
+                got = c_send(fd, data + at, part, flags)
+            wrong = errno
         if got >= 0:
             self.sent_bytes += got
             return at + got
-        if errno == EAGAIN or errno == EINTR:
+        if wrong == EAGAIN or wrong == EINTR:
             return -1
-        self.no_reader(errno)
+        self.no_reader(wrong)
 
     cdef int settle(self) except -1:
         """What is owed to the reader of a message that was given up: 1 done, 0 the queue is full."""
@@ -45,20 +54,26 @@ cdef class Sender(Receiver):
         """With the lock held. Whole, or an exception with `sent`."""
         cdef Py_ssize_t at = 0, now
         cdef int64_t until = 0 if seconds == 0 else -1
-        cdef bint begun = False
+        cdef bint begun = False, block = False, may_block = not 0 <= seconds < 0.004
         if not self.message and not size:
             return 0
         try:
             while True:
-                now = self.put(data, size, at) if not self.owes_abandoned or self.settle() else -1
+                now = self.put(data, size, at, block) if not self.owes_abandoned or self.settle() else -1
                 if now >= 0:
-                    begun, at = True, now
+                    begun, at, block = True, now, False
                     if at == size:
                         self.sent_messages += 1
                         return size
                     if self.cancels != cancels or self._closed:
                         self.interrupted(cancels)
                     continue
+                if may_block and not block:  # most often there is room in a moment
+                    PyErr_CheckSignals()
+                    self.interrupted(cancels)
+                    block = True
+                    continue
+                block = False
                 if until == -1:
                     until = at_of(seconds)
                 if until == 0 or not self.wait(POLLOUT, until, cancels):
@@ -112,7 +127,7 @@ cdef class Sender(Receiver):
                 if self.owes_abandoned and not self.settle():
                     return -1
                 while True:
-                    now = self.put(<const char *>view.buf, view.len, at)
+                    now = self.put(<const char *>view.buf, view.len, at, False)
                     if now < 0:
                         return at if at > begun else -1
                     at = now

@@ -66,7 +66,7 @@ def allocate(int fd, long at, long size):
                 return
 
 
-cdef dict _late = {}  # address of a closed body in which calls go on: what is to be done after them
+cdef dict _late = {}  # address of a closed body that is still needed: what is to be done after that
 
 
 cdef void finish_late() noexcept:
@@ -83,6 +83,11 @@ cdef void finish_late() noexcept:
                     done()
     finally:
         PyErr_Restore(kind, error, at)
+
+
+cdef int finish_soon(void *ignored) noexcept:
+    finish_late()
+    return 0
 
 
 def finish_closed():
@@ -105,6 +110,8 @@ cdef class Body:
         if len(path) >= PW_ROOT:
             raise OSError(ENAMETOOLONG, os.strerror(ENAMETOOLONG))
         guard.install()
+        if _late:
+            finish_late()
         self.b = pw_map(fd, slot, kind, manual, home, scope)
         if self.b == NULL:
             raise OSError(errno, os.strerror(errno))
@@ -113,8 +120,11 @@ cdef class Body:
         pw_take_over_slot(self.b)
 
     def close(self, done=None):
-        """True when it is closed. False while a call goes on in it: after that it is closed and `done` called."""
+        """True when it is closed. False while a call goes on in it or another thread owns it: after that, at the latest
+        with the next open or close, it is closed and `done` called."""
         cdef pw_body *b = self.b
+        if _late:
+            finish_late()
         self.b = NULL
         if b == NULL or pw_close(b):
             return True
@@ -218,6 +228,8 @@ def _load():
     if pw_load(wanted == "slices", old) != 0:
         raise ImportError("no thread key or no memory left in this process")
     guard.hook(pw_heal)
+    global pw_finish_closed
+    pw_finish_closed = finish_soon
 
 
 _load()

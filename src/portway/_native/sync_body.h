@@ -103,37 +103,46 @@ static void pw_take_over_slot(pw_body *b) {
     b->slots[4 * b->slot + 1] = 0;
 }
 
-/* A last close; 0: a call is going on in it, after which this is to be called again. A mutex of this thread is abandoned.
- * One of another thread that lives keeps its memory, as the kernel will look there when that thread ends; whether it
- * lives is not asked of the page. */
+/* A last close; 0: a call is going on in it, or a mutex is owned by another thread that lives; then this is to be called
+ * again. (Then pw_thread_ended and the kernel look there. Who owns it is not asked of the page.) A mutex of this thread
+ * is abandoned. */
 static int pw_close(pw_body *b) {
     pw_thread *me = pw_self();
     b->closing = 1;
     if (b->kind == PW_MUTEX && b->owner && b->owner_thread == me->serial) pw_mutex_abandon(b);
-    if (b->pins) return 0;
-    if (b->kind == PW_MUTEX && b->owner && !b->native) {
-        uint32_t S = PW_LOAD(b->page->S);
-        if ((S & PW_TID) == pw_mine(b, me)) pw_mark_dead(&b->page->S, S);
-        pw_disown(b);
-    } else if (b->nodes->s.next && syscall(SYS_tgkill, getpid(), b->owner_tid, 0) == 0) {
-        b->fd = b->slot = -1;
-        return 1;
-    }
+    if (b->pins || b->held_by || b->nodes->s.next) return 0;
     pw_free(b);
     return 1;
 }
 
-static void pw_thread_ended(void *thread) { /* without the GIL */
+static int (*pw_finish_closed)(void *); /* the module's: calls pw_close again */
+
+/* Without the GIL. What the thread owns is abandoned; no other thread unmaps a body that names this one as its owner. */
+static void pw_thread_ended(void *thread) {
     pw_thread *me = thread;
     pw_body *b;
+    int late = 0;
+    for (b = pw_bodies; b; b = b->next) {
+        uint32_t S;
+        if (b->owner_thread != me->serial || !b->native) continue;
+        pw_pending(me, &b->nodes->s);
+        pw_disown(b);
+        S = PW_LOAD(b->page->S);
+        while ((S & PW_TID) == me->tid && !pw_cas(&b->page->S, S, (S & PW_W) | PW_DIED)) S = PW_LOAD(b->page->S);
+        if (S & PW_W) pw_futex_wake(&b->page->S, 1);
+        pw_pending(me, NULL);
+        late |= b->closing;
+    }
     pthread_mutex_lock(&pw_held_lock);
     while ((b = me->held) != NULL) {
         uint32_t S = PW_LOAD(b->page->S);
         me->held = b->held;
         b->held_by = NULL;
         if ((S & PW_TID) == (PW_SLOT | (uint32_t)b->slot)) pw_mark_dead(&b->page->S, S);
+        late |= b->closing;
     }
     pthread_mutex_unlock(&pw_held_lock);
+    if (late && Py_IsInitialized()) Py_AddPendingCall(pw_finish_closed, NULL);
 }
 
 /* In a fork child: it owns nothing, its descriptors have slots of their own, its thread has a new id, and the calls that

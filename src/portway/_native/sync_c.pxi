@@ -20,6 +20,7 @@ cdef extern from "sync_recover.h":
     ctypedef struct pw_body:
         pw_page *page
         uint64_t owner, owner_thread
+        int64_t ask
         uint32_t count
         int native, broken, fd, slot, kind, manual, scope, closing
         uint8_t hash[16]
@@ -50,6 +51,7 @@ cdef extern from "sync_recover.h":
     pw_body *pw_map(int, int, int, int, uint64_t, int)
     void pw_take_over_slot(pw_body *)
     int pw_close(pw_body *)
+    int (*pw_finish_closed)(void *) noexcept
     void pw_use_begin(pw_use *, pw_body **, int)
     int pw_use_end(pw_use *)
     int pw_heal(void *) noexcept nogil
@@ -79,6 +81,7 @@ cdef extern from "sync_recover.h":
     void pw_futex_wake_own(uint32_t *) nogil
     void pw_waiting(pw_body *, int)
     int pw_slot_dead(pw_body *, uint32_t)
+    int pw_owner_gone(pw_body *, uint32_t)
 
 cdef extern from *:
     """

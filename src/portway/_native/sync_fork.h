@@ -20,6 +20,7 @@
 #include <unistd.h>
 
 #define PW_FIRST 16
+#define PW_REPAIRING 8 /* read-locked by who is no holder, but finishes what a killed process left */
 #define PW_HOLDERS 1024
 #define PW_SLOTS 4096
 
@@ -43,6 +44,26 @@ static int pw_ofd_held(int fd, int at) {
     struct flock lock = {.l_type = F_WRLCK, .l_whence = SEEK_SET, .l_start = at, .l_len = 1};
     if (fcntl(fd, F_OFD_GETLK, &lock) != 0) return -1;
     return lock.l_type != F_UNLCK;
+}
+
+/* The slots that other descriptions hold, in no order; at most PW_HOLDERS, -1: cannot tell. GETLK names any lock of the
+ * range, not the first: where a slot was given anew, that is a later one, and the gap before it has to be asked too. */
+static int pw_held_slots(int fd, uint16_t *slots) {
+    struct { int from, to; } todo[PW_HOLDERS + 1];
+    int count = 0, open = 1;
+    todo[0].from = 0, todo[0].to = PW_HOLDERS;
+    while (open > 0) {
+        int from = todo[--open].from, to = todo[open].to, hit;
+        struct flock lock = {.l_type = F_WRLCK, .l_whence = SEEK_SET, .l_start = PW_FIRST + from, .l_len = to - from};
+        if (fcntl(fd, F_OFD_GETLK, &lock) != 0) return -1;
+        if (lock.l_type == F_UNLCK) continue;
+        hit = lock.l_start < PW_FIRST + from ? from : (int)lock.l_start - PW_FIRST;
+        if (hit >= to) return -1;
+        slots[count++] = (uint16_t)hit;
+        if (hit > from) todo[open].from = from, todo[open++].to = hit;
+        if (hit + 1 < to) todo[open].from = hit + 1, todo[open++].to = to;
+    }
+    return count;
 }
 
 static uint64_t pw_start_time(void) {

@@ -22,6 +22,29 @@ static int pw_slot_dead(pw_body *b, uint32_t word) {
     return pw_ofd_held(b->fd, PW_FIRST + (int)slot) == 0;
 }
 
+static int pw_thread_lives(pid_t pid, pid_t tid) {
+    return pid <= 0 || syscall(SYS_tgkill, pid, tid, 0) == 0 || errno != ESRCH; /* or cannot tell */
+}
+
+/* A dying thread's words are marked by the kernel, which walks the thread's list, but stops at a page that somebody cut,
+ * and after 2,048. So who has to wait asks now and then whether the owner is a thread of any process that has the object
+ * open. (Signal 0 says so whatever /proc hides. The holders' pids are their own word; a false one makes us wait on.) */
+static int pw_owner_gone(pw_body *b, uint32_t word) {
+    int64_t now = pw_clock(0);
+    pid_t tid = (pid_t)(word & PW_TID), pid;
+    uint16_t slots[PW_HOLDERS];
+    int count;
+    if (!b->home || b->home != pw_home || tid == 0 || word & PW_SLOT || now < b->ask) return 0;
+    b->ask = now + 250 * PW_MS;
+    if (pw_thread_lives(getpid(), tid) || pw_ofd_held(b->fd, PW_REPAIRING) != 0) return 0;
+    count = pw_held_slots(b->fd, slots);
+    while (count > 0) {
+        pid = (pid_t)b->slots[4 * slots[--count]];
+        if (pw_thread_lives(pid, tid)) return 0;
+    }
+    return count == 0;
+}
+
 static void pw_mark_dead(uint32_t *at, uint32_t seen) {
     if (pw_cas(at, seen, (seen & PW_W) | PW_DIED)) pw_futex_wake(at, 1);
 }
@@ -96,7 +119,7 @@ static int pw_L_lock_slow(pw_body *b, pw_thread *me, int64_t at) {
             PW_PAUSE();
             continue;
         }
-        if (pw_slot_dead(b, seen)) {
+        if (pw_slot_dead(b, seen) || (!b->l_busy && pw_owner_gone(b, seen))) {
             pw_mark_dead(&b->page->L, seen);
             continue;
         }
@@ -130,20 +153,15 @@ static inline int pw_L_brief(pw_body *b, pw_thread *me) {
 /* ---- who waits, for `ls` and pulse ---- */
 
 static void pw_waiting(pw_body *b, int step) {
-    if (b->slot >= 0) b->slots[4 * b->slot + 1] += (uint32_t)step; /* only this process writes it, with the GIL */
+    uint32_t *mine = b->slot >= 0 ? &b->slots[4 * b->slot + 1] : NULL; /* only this process writes it, with the GIL */
+    if (mine && (step > 0 || *mine)) *mine += (uint32_t)step;          /* a wait that began before a fork is not counted */
 }
 
 static uint32_t pw_waiters(pw_body *b) {
-    struct flock lock;
+    uint16_t slots[PW_HOLDERS];
     uint32_t sum = b->slot >= 0 ? b->slots[4 * b->slot + 1] : 0;
-    long at = PW_FIRST;
-    while (at < PW_FIRST + PW_HOLDERS) {
-        lock = (struct flock){.l_type = F_WRLCK, .l_whence = SEEK_SET, .l_start = at, .l_len = PW_FIRST + PW_HOLDERS - at};
-        if (fcntl(b->fd, F_OFD_GETLK, &lock) != 0 || lock.l_type == F_UNLCK) break;
-        if (lock.l_start < at) lock.l_start = at;
-        sum += b->slots[4 * (lock.l_start - PW_FIRST) + 1];
-        at = lock.l_start + 1;
-    }
+    int count = pw_held_slots(b->fd, slots);
+    while (count > 0) sum += b->slots[4 * slots[--count] + 1];
     return sum;
 }
 #endif

@@ -60,7 +60,8 @@ cdef class Many:
         for i in range(self.many.distinct):
             b = self.many.sorted[i]
             S = b.page.S
-            if b.kind == PW_MUTEX and (not S & PW_TID or pw_slot_dead(b, S)):
+            if b.kind == PW_MUTEX and (not S & PW_TID or pw_slot_dead(b, S) or pw_owner_gone(b, S)):
+                b.ask = 0  # who takes it asks again
                 return True
             if b.kind == PW_TIMER:
                 cfg = pw_timer_read(b)
@@ -83,9 +84,8 @@ cdef class Many:
         """No longer counted among the waiters."""
         if self.counted:
             self.counted = False
-            for i in range(self.many.distinct):
-                if not self.many.sorted[i].closing:
-                    pw_waiting(self.many.sorted[i], -1)
+            for i in range(self.many.distinct if self.use.at != NULL else 0):
+                pw_waiting(self.many.sorted[i], -1)
 
     def words(self):
         """What to sleep on: {address: value}."""

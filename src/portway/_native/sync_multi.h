@@ -81,8 +81,9 @@ static int pw_ready(pw_body *b, pw_thread *me, uint64_t owner, uint32_t epoch, u
     uint32_t S;
     if (b->kind != PW_MUTEX) return pw_signalled(b, epoch, after);
     S = PW_LOAD(b->page->S);
-    if (pw_slot_dead(b, S)) pw_mark_dead(&b->page->S, S), S = PW_LOAD(b->page->S);
-    return !(S & PW_TID) || pw_owned(b, me, owner);
+    if (pw_owned(b, me, owner)) return 1;
+    if (pw_slot_dead(b, S) || pw_owner_gone(b, S)) pw_mark_dead(&b->page->S, S), S = PW_LOAD(b->page->S);
+    return !(S & PW_TID);
 }
 
 /* Under L. 0: another was faster (mutexes only). */

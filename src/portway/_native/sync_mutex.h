@@ -5,32 +5,16 @@
 #define PORTWAY_SYNC_MUTEX_H
 #include "sync_wait.h"
 
-static void pw_own(pw_body *b, pw_thread *me, uint64_t owner) {
-    b->owner = owner;
-    b->owner_thread = me->serial;
-    b->owner_tid = me->tid;
-    b->count = 1;
-    if (b->native) {
-        pw_link(me, &b->nodes->s);
-        PW_CRASH("mutex.linked");
-        pw_pending(me, NULL);
-    } else {
-        pthread_mutex_lock(&pw_held_lock);
-        b->held = me->held;
-        b->held_by = me;
-        me->held = b;
-        pthread_mutex_unlock(&pw_held_lock);
-    }
+static PW_COLD void pw_hold_by_slot(pw_body *b, pw_thread *me) {
+    pthread_mutex_lock(&pw_held_lock);
+    b->held = me->held;
+    b->held_by = me;
+    me->held = b;
+    pthread_mutex_unlock(&pw_held_lock);
 }
 
-static void pw_disown(pw_body *b) {
+static PW_COLD void pw_drop_by_slot(pw_body *b) {
     pw_body **at;
-    b->owner = b->owner_thread = 0;
-    b->count = 0;
-    if (b->native) {
-        pw_unlink(&b->nodes->s);
-        return;
-    }
     pthread_mutex_lock(&pw_held_lock);
     for (at = b->held_by ? &b->held_by->held : NULL; at && *at; at = &(*at)->held)
         if (*at == b) {
@@ -41,32 +25,57 @@ static void pw_disown(pw_body *b) {
     pthread_mutex_unlock(&pw_held_lock);
 }
 
+static inline void pw_own(pw_body *b, pw_thread *me, uint64_t owner) {
+    b->owner = owner;
+    b->owner_thread = me->serial;
+    b->count = 1;
+    if (__builtin_expect(b->native, 1)) {
+        pw_link(me, &b->nodes->s);
+        PW_CRASH("mutex.linked");
+        pw_pending(me, NULL);
+    } else
+        pw_hold_by_slot(b, me);
+}
+
+static inline void pw_disown(pw_body *b) {
+    b->owner = b->owner_thread = 0;
+    b->count = 0;
+    if (__builtin_expect(b->native, 1)) pw_unlink(&b->nodes->s);
+    else pw_drop_by_slot(b);
+}
+
 /* Multi-object waits look at a mutex again every 20 ms: its release does not hold L, and death rings no bell. A bell that
  * nobody heard is taken down under L, where those who listen hang it up, or every later release would ring it. */
-static void pw_mutex_ring(pw_body *b, pw_thread *me) {
-    if (__builtin_expect(PW_LOAD(b->page->multi) == 0, 1)) return;
+static PW_COLD void pw_mutex_ring_now(pw_body *b, pw_thread *me) {
     __atomic_fetch_add(&b->page->bell, 1, __ATOMIC_SEQ_CST);
     if (pw_futex_wake(&b->page->bell, INT_MAX) > 0 || b->l_busy || !pw_L_try(b, me, 0)) return;
     pw_ring(b);
     pw_L_unlock(b);
 }
 
+static inline void pw_mutex_ring(pw_body *b, pw_thread *me) {
+    if (__builtin_expect(PW_LOAD(b->page->multi) != 0, 0)) pw_mutex_ring_now(b, me);
+}
+
 /* S: owner -> free (or -> DIED when `died`), and the wake. */
-static int pw_mutex_free(pw_body *b, pw_thread *me, uint32_t free) {
-    uint32_t mine = pw_mine(b, me), S;
+static PW_COLD int pw_mutex_free_and_wake(pw_body *b, uint32_t mine, uint32_t free) {
+    uint32_t S = PW_LOAD(b->page->S);
+    while ((S & PW_TID) == mine && !pw_cas(&b->page->S, S, PW_W | free)) S = PW_LOAD(b->page->S);
+    PW_CRASH("mutex.freed");
+    if ((S & PW_TID) != mine) return 0;
+    if (pw_futex_wake(&b->page->S, 1) == 0) pw_cas(&b->page->S, PW_W | free, free);
+    PW_CRASH("mutex.woken");
+    return 1;
+}
+
+static inline int pw_mutex_free(pw_body *b, pw_thread *me, uint32_t free) {
+    uint32_t mine = pw_mine(b, me);
     if (b->native) pw_pending(me, &b->nodes->s);
     pw_disown(b);
     PW_CRASH("mutex.unlinked");
-    if (!pw_cas(&b->page->S, mine, free)) {
-        S = PW_LOAD(b->page->S);
-        while ((S & PW_TID) == mine && !pw_cas(&b->page->S, S, PW_W | free)) S = PW_LOAD(b->page->S);
-        PW_CRASH("mutex.freed");
-        if ((S & PW_TID) != mine) {
-            if (b->native) pw_pending(me, NULL);
-            return PW_CORRUPT;
-        }
-        if (pw_futex_wake(&b->page->S, 1) == 0) pw_cas(&b->page->S, PW_W | free, free);
-        PW_CRASH("mutex.woken");
+    if (!pw_cas(&b->page->S, mine, free) && !pw_mutex_free_and_wake(b, mine, free)) {
+        if (b->native) pw_pending(me, NULL);
+        return PW_CORRUPT;
     }
     pw_mutex_ring(b, me);
     if (b->native) pw_pending(me, NULL);
@@ -165,7 +174,7 @@ static int pw_mutex_slow(pw_body *b, pw_thread *me, uint64_t owner, int64_t at, 
             wrong = PW_OK;
             break;
         }
-        if (pw_slot_dead(b, S)) {
+        if (pw_slot_dead(b, S) || pw_owner_gone(b, S)) {
             pw_mark_dead(&b->page->S, S);
             continue;
         }

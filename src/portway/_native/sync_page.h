@@ -95,11 +95,12 @@ typedef struct pw_body {
     uint32_t *slots; /* 1,024 x {pid, waiting, start} */
     pw_private *nodes;
     uint64_t owner, owner_thread; /* this process's owner of the mutex, 0: none. Never read from the page */
-    uint32_t owner_tid, count;
+    uint32_t count;
     int native, broken, l_busy, fd, slot, kind, manual, scope, pins, closing, temporary;
     int rank; /* see pw_below */
     int luck, tries; /* whether giving up the core once has been worth it, see pw_give_way */
     uint64_t dev, ino, home;
+    int64_t ask; /* see pw_owner_gone: not before */
     uint32_t uid; /* of the file */
     uint8_t hash[16];
     char root[PW_ROOT];
@@ -151,6 +152,7 @@ static void pw_crash(const char *name) {
 #define PW_CRASH(name) ((void)0)
 #endif
 
+#define PW_COLD __attribute__((noinline, cold))
 #define PW_LOAD(at) __atomic_load_n(&(at), __ATOMIC_SEQ_CST)
 #define PW_STORE(at, value) __atomic_store_n(&(at), (value), __ATOMIC_SEQ_CST)
 #if defined(__x86_64__) || defined(__i386__)

@@ -29,7 +29,10 @@ static pw_body *pw_temporary(pw_body *by, int scope, uint32_t uid, const uint8_t
     b->temporary = 1;
     memcpy(b->hash, hash, 16);
     memcpy(b->root, by->root, sizeof b->root);
-    if (b->native) return b; /* by its thread id it needs no slot, and is nobody's holder */
+    if (b->native) { /* by its thread id it needs no slot, and must not be taken for a holder */
+        pw_ofd(fd, F_RDLCK, PW_REPAIRING);
+        return b;
+    }
     for (slot = 0; slot < PW_HOLDERS && pw_ofd(fd, F_WRLCK, PW_FIRST + slot) != 0; slot++) {}
     if (slot < PW_HOLDERS) {
         b->slot = slot;

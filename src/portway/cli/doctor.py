@@ -128,6 +128,15 @@ def _dotnet() -> Finding:
     return Finding(".NET mutexes", True, says)
 
 
+def _pipes(what: str, check: str) -> Callable[[], Finding]:
+    def look() -> Finding:
+        from importlib import import_module
+
+        return Finding(what, *getattr(import_module("portway.cli.doctor_pipes"), check)())
+
+    return look
+
+
 def _limits() -> Finding:
     import resource
 
@@ -159,6 +168,9 @@ _CHECKS: dict[str, Callable[[], Finding]] = {
     "named objects": _objects,
     "waits and locks": _waits,
     ".NET mutexes": _dotnet,
+    "named pipes": _pipes("named pipes", "named_pipes"),
+    "pipes of others": _pipes("pipes of others", "same_places"),
+    "files of .NET's pipes": _pipes("files of .NET's pipes", "dotnet_files"),
     "descriptor limit": _limits,
     "portway asgi": _extra("uvicorn", "portway asgi", "asgi"),
 }

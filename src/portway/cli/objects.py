@@ -1,4 +1,4 @@
-"""What `portway map` and `portway sync` share: listing, grants, and holding an object open while something runs."""
+"""What `portway map`, `sync` and `pipe` share: listing, grants, and holding an object open while something runs."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def grants(command: F) -> F:
     for option in (
         click.option("--group", "groups", multiple=True, help="Members of this group may use it; again for more."),
         click.option("--uid", "uids", multiple=True, help="This user may use it, by name or number; again for more."),
-        click.option("--everyone", is_flag=True, help="Every user may use it (for Global\\ names)."),
+        click.option("--everyone", is_flag=True, help="Every user may use it (an object: under a Global\\ name)."),
     ):
         command = option(command)
     return command

@@ -22,7 +22,7 @@ __all__ = ["command"]
 @click.command("tour")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a line, the summary last.")
 def command(as_json: bool) -> None:
-    """Shows what portway is for: reloads under load, a live connection that moves, memory shared under a mutex.
+    """Shows what portway is for: reloads under load, a connection that moves, memory under a mutex, named pipes.
 
     Starts real processes on 127.0.0.1 in a folder of its own and ends them. Exit code 1 if anything was lost.
     """
@@ -38,11 +38,14 @@ def _machine_readable() -> dict[str, Any]:
     from ..tour.moving import move_connection
     from ..tour.service import show_reloads
     from ..tour.sharing import share_memory
+    from ..tour.talking import talk
 
     def say(event: str, facts: dict[str, Any]) -> None:
         print(json.dumps({"event": event, **facts}), flush=True)
 
-    summary = {"reload": show_reloads(say), "move": move_connection(say), "share": share_memory(say)}
+    summary = {
+        "reload": show_reloads(say), "move": move_connection(say), "share": share_memory(say), "talk": talk(say)
+    }  # fmt: skip
     print(json.dumps({"event": "summary", **summary}), flush=True)
     return summary
 
@@ -54,6 +57,7 @@ def _for_people() -> dict[str, Any]:
     from ..tour.moving import move_connection
     from ..tour.service import show_reloads
     from ..tour.sharing import share_memory
+    from ..tour.talking import talk
 
     console = Console()
 
@@ -79,9 +83,13 @@ def _for_people() -> dict[str, Any]:
     move = move_connection(say)
     console.rule("3. Two processes share memory under a mutex; one is killed while it holds it")
     share = share_memory(say)
+    console.rule("4. A named pipe serves two clients; .NET is the other end by nothing but the name")
+    talked = talk(say)
+    if talked["dotnet"] is None:
+        console.print("[dim]no .NET program here (PORTWAY_NETPEER): left out[/]")
     console.rule("Summary")
-    console.print(_summary(reload, move, share))
-    return {"reload": reload, "move": move, "share": share}
+    console.print(_summary(reload, move, share, talked))
+    return {"reload": reload, "move": move, "share": share, "talk": talked}
 
 
 def _clients(latest: dict[str, Any]) -> Table:
@@ -99,7 +107,7 @@ def _clients(latest: dict[str, Any]) -> Table:
     return table
 
 
-def _summary(reload: dict[str, Any], move: dict[str, Any], share: dict[str, Any]) -> Table:
+def _summary(reload: dict[str, Any], move: dict[str, Any], share: dict[str, Any], talked: dict[str, Any]) -> Table:
     from rich.table import Table
 
     table = Table("what", "figure", show_header=False, box=None)
@@ -114,7 +122,10 @@ def _summary(reload: dict[str, Any], move: dict[str, Any], share: dict[str, Any]
     table.add_row("its unread bytes and state", "kept" if move["unread_and_state_kept"] else "LOST")
     table.add_row("writes under the mutex", f"{share['writes']}, the numbers add up: {share['numbers']}")
     table.add_row("owner killed with -9", f"the next one told after {share['told_after_us']} us, and went on")
-    well = reload["ok"] and move["ok"] and share["ok"]
+    table.add_row("calls through a named pipe", f"{talked['calls']} of two clients, median {talked['median_us']} us")
+    if talked["dotnet"] is not None:
+        table.add_row(".NET by the pipe's name", "as client and as server" if talked["dotnet"]["ok"] else "WRONG")
+    well = reload["ok"] and move["ok"] and share["ok"] and talked["ok"]
     table.add_row("result", "[green]nothing was lost[/]" if well else "[red]something was lost[/]")
     if reload["first_error"]:
         table.add_row("first error of a client", reload["first_error"])

@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import NamedTuple
 
 from ..errors import AccessDenied, NameTooLong
@@ -52,6 +53,8 @@ class Device:
             except FileNotFoundError:
                 try:
                     make_folder(path, MODE)
+                except FileNotFoundError:  # `tidy` took its maker for dead: a process of another pid namespace
+                    continue
                 except OSError as error:
                     raise full(error, path) from error
         raise AccessDenied(f"{path} comes and goes", hint="end what removes it")
@@ -88,6 +91,16 @@ class Device:
                 continue
             yield Place(uid, self._path(uid))
 
+    def tidy(self) -> None:
+        """Removes what a process that was killed while it made this user's folder has left."""
+        pattern = re.compile(rf"portway-{self.kind}-{os.geteuid()}\.([0-9]+)\.[0-9a-f]+")
+        with suppress(OSError):
+            for name in os.listdir(self.root):
+                if (found := pattern.fullmatch(name)) and not os.path.exists(f"/proc/{found[1]}"):
+                    with suppress(OSError):
+                        os.rmdir(os.path.join(self.root, name))
+
     def places_looked_at(self) -> str:
         """For messages."""
-        return f"{self._path(os.geteuid())}, {self._path(0)} and other users'"
+        first = dict.fromkeys(map(self._path, (os.geteuid(), 0)))
+        return f"{', '.join(first)} and other users'"

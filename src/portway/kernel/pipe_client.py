@@ -7,7 +7,7 @@ from typing import Final, Literal
 
 from ..deadline import Deadline
 from ..errors import InvalidParameter, OperationTimeout, PipeBusy, PipeNotFound
-from ..wire.pipe import Direction, line_slot
+from ..wire.pipe import Direction, Header, line_slot
 from .pipe_end import DEFAULT_MAX_MESSAGE, PipeEnd, access_of, mode_is_message
 from .pipe_open import Claim, Search
 
@@ -54,6 +54,9 @@ class NamedPipeClient(PipeEnd):
       its calls.
     """
 
+    header: Header | None
+    """What the pipe's first server decided; None: a server of .NET's."""
+
     def __init__(
         self, name: str, *, direction: str | Direction | None = None, timeout: float | None = 0, appear: bool = False,
         read_mode: Literal["byte", "message"] | None = None, server_uid: int | None = None,
@@ -71,6 +74,7 @@ class NamedPipeClient(PipeEnd):
         self, claim: Claim, name: str, access: int | None, wanted: bool | None, max_message: int, timeout: float | None
     ) -> None:
         header, record = claim.header, claim.record
+        self.header = header
         message = header is not None and header.message
         allowed = {1: 2, 2: 1, 3: 3}[header.direction] if header is not None else 3
         try:

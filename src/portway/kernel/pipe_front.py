@@ -151,9 +151,7 @@ class Front:
 
     def _put(self, file: str, expected: tuple[int, int] | None) -> bool:
         """Makes the path a link to `file`, or to a socket nobody has when that is "". False: it changed meanwhile."""
-        temporary = f"{self.file}.{os.urandom(2).hex()}"
-        if len(os.fsencode(temporary)) > MAX_SOCKET_PATH:
-            temporary = f"{os.path.dirname(self.file)}/.portway-{os.urandom(4).hex()}"
+        temporary = _aside(self.record)
         try:
             if file:
                 os.link(file, temporary)
@@ -187,15 +185,19 @@ def remove_stale(record: Record) -> None:
                     with suppress(OSError):
                         os.unlink(path)
     if not record.alive():
-        remove_path(record.header.front)
+        remove_path(record.header.front, _aside(record))
 
 
-def remove_path(path: str) -> None:
+def _aside(record: Record) -> str:
+    """A name that `remove_stale` knows, should its maker be killed; shorter than a front's."""
+    return f"{os.path.dirname(record.header.front)}/.portway-{os.path.basename(record.folder)}-t{os.urandom(4).hex()}"
+
+
+def remove_path(path: str, aside: str) -> None:
     """Removes a socket's file of ours that nobody has; whatever else it turns out to be stays."""
     seen = look_at(path)
     if seen.state != "dead" or seen.uid != os.geteuid() or os.path.islink(path):
         return
-    aside = f"{os.path.dirname(path)}/.portway-{os.urandom(6).hex()}"
     try:
         os.rename(path, aside)
         info = os.lstat(aside)

@@ -17,6 +17,7 @@ import os
 import socket
 import stat
 import struct
+import threading
 from contextlib import suppress
 from typing import Any, Literal
 
@@ -148,6 +149,10 @@ class _Moved:
         self.record = Record(fd, folder_fd, Place(info.st_uid, os.path.dirname(folder)), folder, header)
         self.record.adopt(slot)
         self.who: Who = who()
+
+    @property
+    def lock(self) -> threading.RLock:
+        return self.record.lock
 
     def instance(self, slot: int, generation: int) -> Instance:
         made = Instance(self.record, slot, self.who, Security.owner())

@@ -7,12 +7,14 @@ the server looks.
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import time
 from contextlib import suppress
 
 from ..wire.pipe import FREE, LineState
+from .objectfile import full
 from .pipe_record import Record, Who
 from .pipe_socket import bind_socket
 from .process import peer_of
@@ -43,25 +45,36 @@ class Instance:
         kind = socket.SOCK_SEQPACKET if self.record.header.message else socket.SOCK_STREAM
         with suppress(FileNotFoundError):
             os.unlink(self._file)
-        self.listener = bind_socket(kind, self._file, self.security)
+        try:
+            self.listener = bind_socket(kind, self._file, self.security)
+        except OSError as error:
+            raise full(error, self._file) from error
         self.listener.listen(0)
         self._note(LineState.LISTENING, inode=os.fstat(self.listener.fileno()).st_ino)
         self.record.wake()
 
     def take(self) -> socket.socket | None:
-        """Listens no longer; gives the client that had claimed it, if there was one."""
-        listener, self.listener = self.listener, None
+        """Listens no longer; gives the client that had claimed it, if there was one. OSError when this process has no
+        descriptor for it: the client stays where it is."""
+        listener = self.listener
         if listener is None:
             return None
         with suppress(OSError):
             listener.shutdown(socket.SHUT_RD)  # from now on nobody else gets in
+        sock = None
         try:
             fd, _ = listener._accept()  # type: ignore[attr-defined]
-        except OSError:
-            return None
-        else:
-            return socket.socket(socket.AF_UNIX, listener.type, 0, fd)
-        finally:
+            sock = socket.socket(socket.AF_UNIX, listener.type, 0, fd)
+        except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS):
+                raise
+        self.refuse()
+        return sock
+
+    def refuse(self) -> None:
+        """Listens no longer; a client that had claimed it sees the end."""
+        listener, self.listener = self.listener, None
+        if listener is not None:
             with suppress(FileNotFoundError):
                 os.unlink(self._file)
             listener.close()
@@ -89,9 +102,7 @@ class Instance:
 
     def release(self) -> None:
         """Gives the slot back."""
-        sock = self.take()
-        if sock is not None:
-            sock.close()
+        self.refuse()
         self._note(LineState.FREE)
         self.record.give_slot(self.slot)
 

@@ -1,4 +1,4 @@
-"""Which pipes there are: portway's of this user (all users', for root), and .NET's in its temporary folder.
+"""Which pipes there are: portway's of this user (all users', for root; else those with a .NET path), and .NET's.
 
 Nobody is connected to. What dead servers left behind is removed on the way.
 """
@@ -11,12 +11,12 @@ from collections.abc import Iterator
 from contextlib import suppress
 from typing import NamedTuple
 
-from ..errors import PortwayError
+from ..errors import AccessDenied, PortwayError
 from ..wire.pipe import Direction, Line, LineState
 from .device import Device, Place
 from .netinfo import look_at, unix_queue
 from .pipe_front import remove_stale, whose_front
-from .pipe_name import DOTNET_PREFIX, dotnet_folder
+from .pipe_name import DOTNET_PREFIX, dotnet_folder, parse_pipe_name
 from .pipe_record import Record, open_record
 
 __all__ = ["InstanceInfo", "PipeInfo", "list_pipes"]
@@ -45,6 +45,7 @@ class PipeInfo(NamedTuple):
     kind: str
     """``portway``, or ``dotnet``: somebody else's socket at .NET's path."""
     mode: str
+    """``byte``, ``message``; ``unknown``, as the direction, of a pipe that is closed to us."""
     direction: str
     owner: int
     """uid; of a .NET pipe the file's owner."""
@@ -64,11 +65,15 @@ class PipeInfo(NamedTuple):
 
 def list_pipes(*, root: str | os.PathLike[str] | None = None) -> list[PipeInfo]:
     """All that live, portway's first, by name. Errors: none; what cannot be read is left out."""
-    found = []
-    for place in Device("pipe", root).places():
+    found, device = [], Device("pipe", root)
+    device.tidy()
+    places = list(device.places())
+    for place in places:
         found += list(_of(place))
     known = {one.dotnet_path for one in found if one.dotnet_state in ("ours", "closed")}
-    return sorted(found, key=lambda one: one.name.lower()) + list(_foreign(known))
+    fronts = list(_at_dotnets_paths(known, places))
+    found += [one for one in fronts if one.kind == "portway"]
+    return sorted(found, key=lambda one: one.name.lower()) + [one for one in fronts if one.kind != "portway"]
 
 
 def _of(place: Place) -> Iterator[PipeInfo]:
@@ -135,7 +140,7 @@ def _front_state(record: Record) -> str:
     return {"absent": "absent", "denied": "taken"}.get(seen.state, "blocked")
 
 
-def _foreign(known: set[str]) -> Iterator[PipeInfo]:
+def _at_dotnets_paths(known: set[str], places: list[Place]) -> Iterator[PipeInfo]:
     folder = dotnet_folder()
     try:
         names = sorted(one for one in os.listdir(folder) if one.startswith(DOTNET_PREFIX))
@@ -145,5 +150,26 @@ def _foreign(known: set[str]) -> Iterator[PipeInfo]:
         path = os.path.join(folder, one)
         if path not in known and (seen := look_at(path)).state in ("live", "denied"):
             name = one.removeprefix(DOTNET_PREFIX)
-            direction = Direction.DUPLEX.name.lower()
-            yield PipeInfo(name, "dotnet", "byte", direction, seen.uid, 0, 0, 0, False, path, "ours", ())
+            theirs = [place for place in places if place.uid == seen.uid != os.geteuid()]
+            yield _of_another_user(theirs, name, path) or PipeInfo(
+                name, "dotnet", "byte", Direction.DUPLEX.name.lower(), seen.uid, 0, 0, 0, False, path, "ours", ()
+            )
+
+
+def _of_another_user(places: list[Place], name: str, path: str) -> PipeInfo | None:
+    """A pipe of portway's in a folder that only its user may list; its record is found by the name."""
+    for place in places:
+        try:
+            key = parse_pipe_name(name).key
+            if os.stat(path).st_nlink < 2 or not os.path.isdir(f"{place.path}/{key}"):
+                continue  # a front has a name of its own besides
+            record = open_record(place, key)
+        except AccessDenied:
+            return PipeInfo(name, "portway", "unknown", "unknown", place.uid, 0, 0, 0, False, path, "ours", ())
+        except (PortwayError, OSError):
+            continue
+        if record is not None:
+            with record:
+                if record.header.front == path and record.alive():
+                    return _describe(record)
+    return None

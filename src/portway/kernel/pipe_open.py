@@ -92,7 +92,8 @@ class Search:
         """WaitNamedPipe's question: returns when an instance could be claimed. Else as `claim`."""
         record = self._living()
         if record is None:
-            self._dotnet_path()
+            path = self._dotnet_path()
+            self._check_uid(path, look_at(path).uid)
             return
         try:
             self.default_wait_ms = record.header.default_wait_ms
@@ -171,14 +172,20 @@ class Search:
 
     def _claim_dotnet(self) -> Claim:
         path = self._dotnet_path()
+        self._check_uid(path, look_at(path).uid)  # before anybody has a client that is not his
         sock = _connected(socket.SOCK_STREAM, path, self.name)
         if sock is None:
             raise PipeNotFound(f"the pipe {self.name} has gone this moment: {path}")
-        uid = peer_of(sock).uid
-        if self.server_uid is not None and uid != self.server_uid:
+        try:
+            self._check_uid(path, peer_of(sock).uid)
+        except AccessDenied:
             sock.close()
-            raise AccessDenied(f"{path} is served by uid {user_name(uid)}, not {user_name(self.server_uid)}")
+            raise
         return Claim(sock, None, None, 0, 0)
+
+    def _check_uid(self, path: str, uid: int) -> None:
+        if self.server_uid is not None and uid not in (-1, self.server_uid):
+            raise AccessDenied(f"{path} is served by uid {user_name(uid)}, not {user_name(self.server_uid)}")
 
     def _dotnet_path(self) -> str:
         exact = self.name.dotnet_path

@@ -18,6 +18,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import re
 import stat
 import threading
 import time
@@ -31,7 +32,6 @@ from ..errors import AccessDenied, ObjectClosed, ObjectCorrupt, PipeBusy
 from ..wire import pipe as wire
 from ..wire.pipe import Header, Line
 from .device import Device, Place
-from .folders import make_folder
 from .objectfile import full
 from .ofdlock import all_locked, gate, locked_from, try_lock, unlock
 from .pipe_name import MAX_SOCKET_PATH, PipeName
@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 __all__ = ["Record", "find", "reach"]
 
 SLOTS, MEMBERS, MAX_MEMBERS = 16, 300, 1024
+_SOCKET = re.compile(r"([0-9]{1,3})\.[0-9]+")
 _live: weakref.WeakSet[Record] = weakref.WeakSet()
 
 
@@ -198,32 +199,31 @@ class Record:
         self.write(slot, wire.FREE._replace(generation=line.generation))
 
     def sweep(self) -> None:
-        """Under the gate: frees the lines of dead servers, and removes the sockets they left."""
-        held = self.held()
-        left = {slot for slot, _ in self.lines() if slot not in held}
-        files: dict[int, list[str]] = {}
-        for name in os.listdir(self.folder_fd):
-            number, dot, _ = name.partition(".")
-            if dot and number.isdigit() and int(number) not in held:
-                files.setdefault(int(number), []).append(name)
-        for slot in left | set(files):
-            self._sweep_slot(slot, files.get(slot, []))
+        """Under the gate: frees the lines of dead servers, and removes sockets that no line names.
 
-    def _sweep_slot(self, slot: int, files: list[str]) -> None:
-        """Locked meanwhile: another server may take it any moment."""
-        if slot < self.header.max_instances and not try_lock(self.fd, SLOTS + slot):
-            return
-        for name in files:
-            with suppress(OSError):
-                os.unlink(name, dir_fd=self.folder_fd)
-        if slot < self.header.max_instances:
-            self._clean(slot, self.line(slot))
-            unlock(self.fd, SLOTS + slot)
+        A living server takes a slot without the gate: so each is looked at while we have it ourselves.
+        """
+        files: dict[int, list[str]] = {slot: [] for slot, _ in self.lines()}
+        for name in os.listdir(self.folder_fd):
+            if found := _SOCKET.fullmatch(name):
+                files.setdefault(int(found[1]), []).append(name)
+        for slot, names in files.items():
+            with self.lock:
+                if slot in self.slots or slot >= wire.MAX_INSTANCES or not try_lock(self.fd, SLOTS + slot):
+                    continue
+                try:
+                    for name in names:
+                        with suppress(OSError):
+                            os.unlink(name, dir_fd=self.folder_fd)
+                    if (line := self.line(slot)).state:
+                        self._clean(slot, line)
+                finally:
+                    unlock(self.fd, SLOTS + slot)
 
     def remove(self) -> None:
         """Under the gate, when nobody is left: the files, the record and the folder, as far as they are ours."""
         for name in os.listdir(self.folder_fd):
-            if name != "record" and name.replace(".", "").isdigit():
+            if _SOCKET.fullmatch(name):
                 with suppress(OSError):
                     os.unlink(name, dir_fd=self.folder_fd)
         with suppress(FileNotFoundError):
@@ -309,8 +309,8 @@ def make(device: Device, name: PipeName, header: Header, shared: bool) -> Record
     place = device.own()
     folder = f"{place.path}/{name.key}"
     try:
-        if not os.path.isdir(folder):
-            make_folder(folder, 0o700)
+        with suppress(FileExistsError):
+            os.mkdir(folder, 0o700)  # in a folder that is ours alone; see below for who else may enter
         folder_fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     except FileNotFoundError:
         return None
@@ -338,6 +338,8 @@ def make(device: Device, name: PipeName, header: Header, shared: bool) -> Record
                     os.close(one)
         if isinstance(error, (FileExistsError, FileNotFoundError)):
             return None
+        with suppress(OSError):
+            os.rmdir(folder)
         if isinstance(error, OSError):
             raise full(error, folder) from error
         raise

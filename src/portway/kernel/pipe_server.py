@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 from ..deadline import Deadline
-from ..errors import InvalidParameter, ObjectClosed, OperationAborted, PortwayError
+from ..errors import InvalidParameter, ObjectClosed, OperationAborted, PortwayError, TooManyDescriptors
 from ..wire.pipe import MAX_INSTANCES, Direction
 from .pipe_end import DEFAULT_MAX_MESSAGE, PipeEnd, access_of, mode_is_message
 from .pipe_serving import Options, Serving
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from .pipe_instance import Instance
 
 __all__ = ["NamedPipeConnection", "NamedPipeServer", "server_options"]
+
+_NO_DESCRIPTOR = 0.1  # seconds `serve` waits for one
 
 
 class NamedPipeConnection(PipeEnd):
@@ -49,19 +52,21 @@ class NamedPipeConnection(PipeEnd):
     def disconnect(self) -> None:
         """DisconnectNamedPipe: ends the conversation at once. What either side has not read is lost; the client's
         calls give `PipeNotConnected`. `flush` first to be sure that it has read all. Closes this end, too."""
-        if self.closed:
-            raise ObjectClosed(f"{self!r} is closed")
-        self._close_shared()
-        self._instance.disconnect()
-        self.disconnect_here()
-        self._server.release(self._instance)
+        with self._server.lock:
+            if self.closed:
+                raise ObjectClosed(f"{self!r} is closed")
+            self._close_shared()
+            self._instance.disconnect()
+            self.disconnect_here()
+            self._server.release(self._instance)
 
     def close(self) -> None:
         """Ends the conversation; the client can still read what was sent. Closing twice is fine."""
-        if not self.closed:
-            self._close_shared()
-            super().close()
-            self._server.release(self._instance)
+        with self._server.lock:
+            if not self.closed:
+                self._close_shared()
+                super().close()
+                self._server.release(self._instance)
 
     def share_slot(self) -> int:
         """For the hand-off provider: a descriptor that holds the instance by itself; this end's to close."""
@@ -208,6 +213,10 @@ class NamedPipeServer:
                 pipe = self.accept()
             except ObjectClosed:
                 return
+            except TooManyDescriptors:  # the client stays where it is until a conversation ends
+                turns.release()
+                time.sleep(_NO_DESCRIPTOR)
+                continue
             except BaseException:
                 turns.release()
                 raise

@@ -79,7 +79,7 @@ class Serving:
         self.used: set[Instance] = set()
         self._ready: deque[tuple[Instance, socket.socket]] = deque()
         self._by_fd: dict[int, Instance] = {}
-        self._bell, self._waiters = -1, 0
+        self._bell, self._waiters, self._woken = -1, 0, False
         self._door = object()  # the reaper's key for the front
         self._door_open = False
         self.front: Front | None = None
@@ -94,8 +94,7 @@ class Serving:
                 self._listen(Instance(self.record, slot, self.who, options.security))
                 self.top_up()
                 self._settle()
-                if self.front.path:
-                    reaper.watch(self, None, _LOOK, self._look)
+                reaper.watch(self, None, _LOOK, self._look)
             except BaseException:
                 self.close()
                 raise
@@ -205,29 +204,45 @@ class Serving:
     def _listen(self, instance: Instance) -> None:
         try:
             instance.listen()
+            assert instance.listener is not None
+            fd = instance.listener.fileno()
+            self._epoll.register(fd, select.EPOLLIN)
         except BaseException:
             instance.release()
             raise
-        assert instance.listener is not None
-        fd = instance.listener.fileno()
-        self._epoll.register(fd, select.EPOLLIN)
         self._by_fd[fd] = instance
         self.listening.append(instance)
         self._watch_door()
 
     def _take(self, instance: Instance) -> socket.socket | None:
-        """Stops it listening; its client, if one was faster."""
+        """Stops it listening; its client, if one was faster. OSError: as it was, no descriptor for the client."""
+        assert instance.listener is not None
+        fd = instance.listener.fileno()
+        self._epoll.unregister(fd)  # before it is closed, or a fork child's copy would still report it
+        try:
+            sock = instance.take()
+        except OSError:
+            self._epoll.register(fd, select.EPOLLIN)
+            raise
+        self._unlist(instance, fd)
+        return sock
+
+    def _refuse(self, instance: Instance) -> None:
+        """Stops it listening; who is in it sees the end."""
         assert instance.listener is not None
         fd = instance.listener.fileno()
         self._epoll.unregister(fd)
+        self._unlist(instance, fd)
+        instance.refuse()
+
+    def _unlist(self, instance: Instance, fd: int) -> None:
         del self._by_fd[fd]
         self.listening.remove(instance)
-        return instance.take()
 
     def release(self, instance: Instance) -> None:
         """Its conversation is over: the slot is free, and perhaps listens again at once."""
         with self.lock:
-            if self.record.closed:
+            if self.record.closed or instance not in self.used:
                 return
             self.used.discard(instance)
             if not self.closed and len(self.listening) < self._wanted():
@@ -253,9 +268,7 @@ class Serving:
         with self.lock:
             self._require()
             instance = self.listening[0]
-            sock = self._take(instance)
-            if sock is not None:
-                sock.close()
+            self._refuse(instance)
             instance.connected_none()
             self.used.add(instance)
             self._settle()
@@ -297,14 +310,13 @@ class Serving:
         with self.lock:
             self._require()
             self._warn()
-            while not self._ready and (ready := self._clients()):
-                for instance in ready:
-                    self._take_client(instance)
+            with within_limits(f"a client of the pipe {self.name}"):
+                while not self._ready and (ready := self._clients()):
+                    self._take_client(ready[0])
             if not self._ready:
                 return None
             found = self._ready.popleft()
-            if not self._ready:
-                self._unring()
+            self._set_bell()
             return found
 
     def _clients(self) -> list[Instance]:
@@ -332,7 +344,7 @@ class Serving:
             elif self.record.header.direction is Direction.OUTBOUND:
                 sock.shutdown(socket.SHUT_RD)
         self._ready.append((instance, sock))
-        with within_limits("another instance"):
+        with suppress(OSError, PortwayError):  # no descriptor, no room: at the next look
             self.top_up()
         if not self.listening:
             self._settle()
@@ -340,20 +352,26 @@ class Serving:
     def _ring(self) -> None:
         os.eventfd_write(self._bell, 1)
 
-    def _unring(self) -> None:
-        with suppress(BlockingIOError):
-            os.eventfd_read(self._bell)
+    def _set_bell(self) -> None:
+        """Rings as long as a client is ready, or somebody who waits shall look up."""
+        if self._ready or self._woken:
+            self._ring()
+        else:
+            with suppress(BlockingIOError):
+                os.eventfd_read(self._bell)
 
     def wake(self) -> None:
         """Makes `wait` return, in every thread; `unwake` ends that."""
-        with self.lock:
-            if not self.closed:
-                self._ring()
+        self._wake(True)
 
     def unwake(self) -> None:
+        self._wake(False)
+
+    def _wake(self, woken: bool) -> None:
         with self.lock:
-            if not self.closed and not self._ready:
-                self._unring()
+            self._woken = woken
+            if not self.closed:
+                self._set_bell()
 
     # -- .NET's door ---------------------------------------------------------------------------------------------------
 
@@ -404,9 +422,9 @@ class Serving:
         with self.lock:
             if self.closed:
                 return None
-            if len(self.listening) < self._wanted():  # another server may have given a slot back
-                self.top_up()
-            self._settle()
+            with suppress(OSError, PortwayError):  # for want of a descriptor or room: at the next look
+                self.top_up()  # another server may have given a slot back
+                self._settle()
             return _LOOK
 
     def _warn(self) -> None:
@@ -430,9 +448,7 @@ class Serving:
             reaper.forget(self)
             reaper.forget(self._door)
             for instance in list(self.listening):
-                sock = self._take(instance)
-                if sock is not None:
-                    sock.close()
+                self._refuse(instance)
                 instance.release()
             for instance, sock in self._ready:
                 sock.close()

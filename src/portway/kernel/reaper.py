@@ -26,7 +26,7 @@ class _Watched:
 
 class _Reaper:
     def __init__(self) -> None:
-        self.lock = threading.Lock()
+        self.lock = threading.RLock()  # the collector may close what is watched in the middle of a call here
         self.watched: dict[int, _Watched] = {}
         self.thread: threading.Thread | None = None
         self.bell = -1  # an eventfd: the list has changed

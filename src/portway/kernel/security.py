@@ -92,7 +92,7 @@ class Security:
         return 0o600 | self._mask() << 3 | self.others
 
     def _mask(self) -> int:
-        mask = 0
+        mask = self.others  # the file's own group is part of everybody
         for right in (*self.users.values(), *self.groups.values()):
             mask |= right
         return mask
@@ -103,7 +103,7 @@ class Security:
             return None
         entries = [(_USER_OBJ, 6, _NO_ID)]
         entries += [(_USER, right, uid) for uid, right in sorted(self.users.items())]
-        entries += [(_GROUP_OBJ, 0, _NO_ID)]
+        entries += [(_GROUP_OBJ, self.others, _NO_ID)]
         entries += [(_GROUP, right, gid) for gid, right in sorted(self.groups.items())]
         entries += [(_MASK, self._mask(), _NO_ID), (_OTHER, self.others, _NO_ID)]
         return _VERSION + b"".join(_ENTRY.pack(*one) for one in entries)
@@ -120,7 +120,7 @@ class Security:
 
     def _set(self, file: int | str) -> None:
         value = self.acl()
-        os.chmod(file, 0o600 | self.others if value is None else 0o600)
+        os.chmod(file, self.mode if value is None else 0o600)
         if value is None:
             return
         try:

@@ -16,6 +16,8 @@ from ..errors import (
     NotRunning,
     ObjectNotFound,
     OperationTimeout,
+    PipeBusy,
+    PipeNotFound,
     PortwayError,
 )
 
@@ -23,7 +25,7 @@ __all__ = ["EXIT", "exit_code", "report"]
 
 EXIT = {  # 0 done, 1 any other error, 126/127 see below
     ConfigurationError: 2, InvalidAddress: 2, InvalidParameter: 2, NotRunning: 3, ObjectNotFound: 3,
-    GenerationFailed: 4, OperationTimeout: 5, NameInUse: 6,
+    PipeNotFound: 3, GenerationFailed: 4, OperationTimeout: 5, NameInUse: 6, PipeBusy: 7,
 }  # fmt: skip
 
 
