@@ -7,8 +7,8 @@ pipe.churn                  connections, wedged, leaked ...  see pipes_churn.py
 
 ``portway`` and ``portway-aio`` receive with a time limit, and could be cancelled. ``af_unix`` is the plainest blocking
 code there is: a stream socket without time limit, `sendall`, and `recv` until the size, which both know, is reached.
-``mp.connection`` is `Listener` and `Client` over a Unix socket, ``asyncio-streams`` carries a length of 4 bytes and that
-much, as a stream needs it to have messages at all; neither has a time limit.
+``mp.connection`` is `Listener` and `Client` over a Unix socket, ``asyncio-streams`` carries a length of 4 bytes and
+that much, as a stream needs it to have messages at all; neither has a time limit.
 """
 
 from __future__ import annotations
@@ -273,7 +273,7 @@ def _server(kind: type[Plain], core: int) -> Callable[..., Any]:
     end = kind()
 
     def do(command: str, *args: Any) -> None:
-        {"listen": end.listen, "accept": end.accept, "echo": end.echo}[command](*args)
+        getattr(end, command)(*args)
 
     return do
 
@@ -290,7 +290,8 @@ def _client(kind: type[Plain], core: int) -> Callable[..., Any]:
         data = os.urandom(size)
         began = time.perf_counter_ns()
         end.trips(count, data)
-        return (time.perf_counter_ns() - began) / count / 1000
+        took: float = (time.perf_counter_ns() - began) / count / 1000
+        return took
 
     return do
 
@@ -331,6 +332,6 @@ def _messages(options: Options, figures: Figures) -> None:
 
 def _trips(server: Worker, client: Worker, count: int, size: int) -> float:
     server.order("echo", count, size)
-    took: float = client.ask("trips", count, size)
+    took = float(client.ask("trips", count, size))
     server.answer()
     return took

@@ -1,15 +1,16 @@
 """``pipe.churn``: one name, served by processes that are killed all the time, and opened by clients that are, too.
 
 Four processes serve 16 instances each. A thousand clients in 20 processes, half of these with threads and half with
-tasks, open the pipe, send what nobody else sends, want their own answer, and close; one in a hundred conversations is
-left before the answer and not counted. Every 100 ms a server is killed with -9 and another one started, every 500 ms a
-process of 50 clients.
+tasks, open the pipe, send what nobody else sends, want their own answer, close, and come again within a second; one in
+a hundred conversations is left before the answer and not counted. Every 100 ms a server is killed with -9 and another
+one started, every 500 ms a process of 50 clients.
 
 connections       answered conversations
 wedged            conversations without their own answer for 10 s. Tried again only after `PipeBusy`, `PipeNotFound` or
                   a break before the answer; every other error, and every client that does not end, counts here
-leaked            when all clients have gone and the pipes were listed once: instances, descriptors and files beyond those
-                  of an idle server, and, when all servers were killed and the pipes were listed once more, files
+leaked            when all clients have gone and the pipes were listed once: instances, descriptors and files beyond
+                  those of idle servers, descriptors of clients, and, when all servers were killed and the pipes listed
+                  once more, files
 worst_ms          the longest conversation, waiting for an instance included
 killed, killed_clients   servers, and processes of clients
 """
@@ -33,9 +34,9 @@ from .harness import Figures, Options, remark
 __all__ = ["run"]
 
 NAME = "churn"
-SERVERS, INSTANCES, PROCESSES, CLIENTS = 4, 16, 20, 50
+SERVERS, INSTANCES, BACKLOG, PROCESSES, CLIENTS = 4, 16, 4, 20, 50
 LIMIT, LIMIT_NS = 10.0, 10_000_000_000
-TICK = 0.1
+TICK, PAUSE = 0.1, 1.0
 SERVED, WEDGED, WORST, BEGAN, ASKED = range(5)  # a client's cells; BEGAN: 0 between two conversations
 CELLS = 5
 
@@ -75,6 +76,7 @@ class Client:
 
     def __init__(self, board: Board, process: int, number: int) -> None:
         self.cells, self.at, self.random = board.cells, board.client(process, number), random.Random()
+        self.longest = PAUSE * board.clients / CLIENTS
         self.name = f"{process}.{number}"
 
     def begin(self) -> bytes:
@@ -85,8 +87,15 @@ class Client:
     def left(self) -> float:
         return max(LIMIT - (time.monotonic_ns() - self.began) / 1e9, 0.0)
 
+    def pause(self) -> float:
+        """Seconds between two conversations."""
+        return self.random.random() * self.longest
+
     def leaves(self) -> bool:
         return self.random.random() < 0.01
+
+    def answered(self, right: bool) -> None:
+        self.end(SERVED if right else WEDGED, "" if right else "somebody else's answer")
 
     def end(self, what: int, why: str = "") -> None:
         """`what`: SERVED, WEDGED, or -1 for a conversation that the client left."""
@@ -122,7 +131,7 @@ def _converse(client: Client, errors: Any, open_pipe: Callable[..., Any]) -> Non
         except Exception as error:
             return client.end(WEDGED, f"{type(error).__name__}: {error}")
         else:
-            return client.end(SERVED if answer == _answer(question) else WEDGED, "" if answer == _answer(question) else f"{answer!r}")
+            return client.answered(answer == _answer(question))
 
 
 async def _converse_aio(client: Client, errors: Any, aio: Any) -> None:
@@ -144,7 +153,7 @@ async def _converse_aio(client: Client, errors: Any, aio: Any) -> None:
         except Exception as error:
             return client.end(WEDGED, f"{type(error).__name__}: {error}")
         else:
-            return client.end(SERVED if answer == _answer(question) else WEDGED, "" if answer == _answer(question) else f"{answer!r}")
+            return client.answered(answer == _answer(question))
 
 
 def _clients(board: Board, process: int) -> None:
@@ -156,10 +165,12 @@ def _clients(board: Board, process: int) -> None:
 
     def until_stop(client: Client) -> None:
         while not board.stopping:
+            time.sleep(client.pause())
             _converse(client, errors, portway.NamedPipeClient)
 
     async def until_stop_aio(client: Client) -> None:
         while not board.stopping:
+            await asyncio.sleep(client.pause())
             await _converse_aio(client, errors, aio)
 
     async def tasks() -> None:
@@ -183,7 +194,8 @@ def _clients(board: Board, process: int) -> None:
 def _server(number: int, ready: int) -> None:
     import portway
 
-    with portway.NamedPipeServer(NAME, mode="message", max_instances=SERVERS * INSTANCES, instances=INSTANCES) as server:
+    most = SERVERS * INSTANCES
+    with portway.NamedPipeServer(NAME, mode="message", max_instances=most, instances=INSTANCES) as server:
         if ready >= 0:
             os.write(ready, b"1")
             os.close(ready)
@@ -199,11 +211,17 @@ def _serve(pipe: Any) -> None:
 
 
 def _fork(work: Callable[..., None], *args: Any) -> int:
+    ends = {signal.SIGTERM, signal.SIGINT}
+    signal.pthread_sigmask(signal.SIG_BLOCK, ends)  # an exception in the hooks of fork() would be lost
     pid = os.fork()
-    if pid == 0:
+    if pid:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, ends)
+    else:
         code = 1
         try:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            for one in ends:
+                signal.signal(one, signal.SIG_DFL)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, ends)
             work(*args)
             code = 0
         except BaseException as error:
@@ -227,6 +245,9 @@ def _files() -> list[str]:
 
 
 def run(options: Options, figures: Figures) -> None:
+    from portway import NamedPipeClient, NamedPipeServer, aio
+
+    _ = NamedPipeClient, NamedPipeServer, aio.NamedPipeClient  # imported before the first fork
     processes, clients, wanted = (2, 5, 200) if options.quick else (PROCESSES, CLIENTS, 100_000)
     board = Board(processes, clients)
     servers: list[int] = []
@@ -305,17 +326,17 @@ def _leaked(board: Board, servers: list[int], idle: int, files: int) -> int:
     for number in range(board.processes):
         before, after = board.cells[board.process(number)], board.cells[board.process(number) + 1]
         leaked += max(after - before, 0) if after else 0
-    while True:
-        [info] = portway.list_pipes()
-        each = [_descriptors(pid) for pid in servers]
-        here = len(_files())
-        instances = info.instances - SERVERS * 4
-        extra = max(instances, 0) + sum(max(one - idle, 0) for one in each) + max(here - files, 0)
-        if not extra and not info.in_use or time.monotonic() > limit:
-            break
+    while any(_descriptors(pid) > idle for pid in servers) and time.monotonic() < limit:
         time.sleep(0.05)  # the last clients have gone this moment, their servers are looking
-    if extra:
-        remark(f"pipe.churn: {info.instances} instances, {each} descriptors (idle: {idle}), {here} files (idle: {files})")
+    each = [_descriptors(pid) for pid in servers]
+    listed = portway.list_pipes()
+    here, slots, in_use = len(_files()), sum(one.instances for one in listed), sum(one.in_use for one in listed)
+    extra = max(slots - SERVERS * BACKLOG, 0) + in_use + sum(max(one - idle, 0) for one in each) + max(here - files, 0)
+    if leaked or extra:
+        remark(
+            f"pipe.churn: leaked: {slots} instances, {in_use} in use, {each} descriptors (idle: {idle}), {here} files "
+            f"(idle: {files}), {leaked} descriptors of clients"
+        )
     return leaked + extra
 
 

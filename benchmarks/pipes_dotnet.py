@@ -32,7 +32,7 @@ ROUND_TRIPS, ONE_WAY = "round trips 32 B", "one way 65536 B writes"
 def run(options: Options, figures: Figures) -> None:
     program = _program()
     if program is None:
-        remark("pipe.dotnet: left out, no netpeer: PORTWAY_NETPEER is not set and ../shared/peers/netpeer does not exist")
+        remark("pipe.dotnet is left out: PORTWAY_NETPEER is not set and ../shared/peers/netpeer does not exist")
         return
     before = os.sched_getaffinity(0)
     os.sched_setaffinity(0, {max(before)})  # what is started inherits it
@@ -53,8 +53,8 @@ def _program() -> Path | None:
 def _rounds(program: Path, options: Options, figures: Figures) -> None:
     rounds, runs, ms = rounds_of(options, 5), 1 if options.quick else 5, 20 if options.quick else 150
     works = (("pipe.dotnet", ROUND_TRIPS, "per_s"), ("pipe.dotnet-oneway-64k", ONE_WAY, "mb_s"))
-    with _dotnet_server(program), workers([lambda: Worker("server", _server), lambda: Worker("client", _client)]) as two:
-        server, client = two
+    ends = [lambda: Worker("server", _server), lambda: Worker("client", _client)]
+    with _dotnet_server(program), workers(ends) as (server, client):
         server.ask("listen")
         client.ask("open")
         for number in range(rounds):
@@ -66,8 +66,8 @@ def _rounds(program: Path, options: Options, figures: Figures) -> None:
                 if options.wants_work(work) and options.wants("dotnet"):
                     figures.add(work, "dotnet", metric, there[what])
                 if options.wants_work(work) and options.wants("portway"):
-                    as_server, as_client = server_role[what], client_role[what]
-                    figures.add(work, "portway", metric, min(as_server, as_client), as_server=as_server, as_client=as_client)
+                    roles = {"as_server": server_role[what], "as_client": client_role[what]}
+                    figures.add(work, "portway", metric, min(roles.values()), **roles)
 
 
 def _environment() -> dict[str, str]:
@@ -92,7 +92,8 @@ def _dotnet_server(program: Path) -> Iterator[None]:
 
 def _bench_client(program: Path, name: str, runs: int, ms: int) -> dict[str, float]:
     command = [str(program), "pipe", "bench-client", "--name", name, "--runs", str(runs), "--ms", str(ms)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=_environment(), stdin=subprocess.DEVNULL)
+    none = subprocess.DEVNULL
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=_environment(), stdin=none)
     found = [json.loads(line) for line in done.stdout.splitlines()]
     rates = {line["what"]: float(line.get("MBps") or line["per_s"]) for line in found if line["event"] == "bench"}
     if done.returncode or not {ROUND_TRIPS, ONE_WAY} <= set(rates):
@@ -121,7 +122,7 @@ def _serve(server: Any) -> None:
 
 
 def _frames(pipe: Any) -> None:
-    """Answers frames until the client has gone. Whatever has come is taken at once: a frame, part of one, or several."""
+    """Answers frames until the client has gone. What has come is taken at once: a frame, part of one, or several."""
     send, receive, unpack, whole = pipe.send, pipe.receive, HEAD.unpack_from, HEAD.size
     swallowed, rest = 0, b""
     for data in iter(lambda: receive(TAKE), None):
