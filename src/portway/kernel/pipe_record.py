@@ -85,9 +85,10 @@ class Record:
     @property
     def word(self) -> Word:
         """The wake word, for those who wait for an instance."""
-        if self._word is None:
-            self._word = _native.Word(self.fd, wire.WAKE_AT)
-        return self._word
+        with self.lock:
+            if self._word is None:
+                self._word = _native.Word(self.fd, wire.WAKE_AT)
+            return self._word
 
     def wake_value(self) -> int:
         return int.from_bytes(os.pread(self.fd, 4, wire.WAKE_AT), "little")
@@ -101,6 +102,16 @@ class Record:
         """(slot, line) of all instances, the dead ones' too."""
         size = self.header.max_instances * wire.LINE_SIZE
         return list(wire.unpack_lines(os.pread(self.fd, size, wire.HEADER_SIZE)))
+
+    def listening(self) -> list[tuple[int, Line]]:
+        """Those of `lines` that listen, the oldest first."""
+        size = self.header.max_instances * wire.LINE_SIZE
+        return wire.unpack_listening(os.pread(self.fd, size, wire.HEADER_SIZE))
+
+    def noted(self) -> int:
+        """How many lines are not free; nearly the number of `held`, for less."""
+        states = os.pread(self.fd, self.header.max_instances * wire.LINE_SIZE, wire.HEADER_SIZE)[4 :: wire.LINE_SIZE]
+        return len(states) - states.count(0)
 
     def alive(self) -> bool:
         """Whether any server has the pipe, besides this object."""
@@ -251,6 +262,18 @@ class Record:
                 os.unlink("record", dir_fd=self.folder_fd)
         with suppress(OSError):
             os.rmdir(self.folder)
+
+    def again(self) -> Record:
+        """A reader's record with descriptors of its own."""
+        with self.lock:
+            self._require()
+            fd = fcntl.fcntl(self.fd, fcntl.F_DUPFD_CLOEXEC, 0)
+            try:
+                folder_fd = fcntl.fcntl(self.folder_fd, fcntl.F_DUPFD_CLOEXEC, 0)
+            except OSError:
+                os.close(fd)
+                raise
+        return Record(fd, folder_fd, self.place, self.folder, self.header)
 
     def close(self) -> None:
         """Only the descriptors: see `pipe_serving.Serving` for leaving in order."""
