@@ -18,6 +18,7 @@ from . import harness, machine
 
 NAMES = {
     "handoff": "duplicating sockets into another process",
+    "pipes": "named pipes: messages, .NET as a peer, and what kill -9 leaves",
     "reload": "requests lost while the service behind the socket is replaced",
     "startup": "import portway, portway --help",
     "sync": "named mutexes and events, and what kill -9 leaves",

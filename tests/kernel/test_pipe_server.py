@@ -1078,3 +1078,20 @@ def test_many_objects_of_one_name_in_threads(made: Any, pipe_root: str) -> None:
             join()
     assert remains(pipe_root) == []
     assert running(os.getpid())
+
+
+def test_servers_share_a_small_maximum(made: Any, peer: Any, pipe_root: str) -> None:
+    """Instances that only wait for clients are spared for another server of the name, down to one each."""
+    made(NamedPipeServer("p", mode="message", max_instances=2))
+    assert list_pipes()[0].instances == 2
+    other = peer()
+    other.run("os.environ.update(env); s = portway.NamedPipeServer('p', max_instances=2)", env=world_of(pipe_root))
+    (info,) = list_pipes()
+    assert sorted(line.server_pid for line in info.detail) == sorted([os.getpid(), other.pid])
+    with pytest.raises(errors.PipeBusy, match="all 2 instances"):
+        NamedPipeServer("p", max_instances=2)
+    for client in [made(NamedPipeClient("p")) for _ in range(2)]:
+        client.send(b"to either")
+    with pytest.raises(errors.PipeBusy):
+        NamedPipeClient("p")
+    other.kill()

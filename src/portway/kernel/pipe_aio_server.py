@@ -7,14 +7,15 @@ import os
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from ..deadline import Deadline
 from ..errors import ObjectClosed, OperationAborted, OperationTimeout, PipeBusy, PipeNotFound
+from ..wire.pipe import Direction
 from .pipe_aio import AsyncConnection, AsyncPipeEnd
-from .pipe_client import DEFAULT_WAIT, default_wait, give_up
+from .pipe_client import DEFAULT_WAIT, default_wait, give_up, search_for
 from .pipe_client import NamedPipeClient as _SyncClient
-from .pipe_open import Search
+from .pipe_end import DEFAULT_MAX_MESSAGE, mode_is_message
 from .pipe_server import NamedPipeServer as _SyncServer
 
 __all__ = ["NamedPipeClient", "NamedPipeServer", "call_pipe", "wait_pipe"]
@@ -174,22 +175,30 @@ class NamedPipeClient(AsyncPipeEnd):
         if hasattr(self, "sync"):  # from `open`
             return self
         name, timeout, appear, options = self._how
-        deadline = Deadline(timeout)
-        server_uid, root = options.get("server_uid"), options.get("root")
-        with Search(name, None, server_uid, None if root is None else os.fspath(root)) as search:
-            while True:
-                try:
-                    end = _SyncClient(name, timeout=0, appear=appear, **options)
-                    break
-                except (PipeBusy, PipeNotFound) as error:
-                    give_up(error, deadline, appear)
-                await asyncio.sleep(search.next_pause(deadline.remaining()))
+        end = await _opened(name, Deadline(timeout), appear, **options)
         AsyncPipeEnd.__init__(self, end)
         return self
 
     @property
     def closed(self) -> bool:
         return not hasattr(self, "sync") or self.sync.closed
+
+
+async def _opened(
+    name: str, deadline: Deadline, appear: bool, *, direction: str | Direction | None = None,
+    read_mode: Literal["byte", "message"] | None = None, server_uid: int | None = None,
+    max_message: int = DEFAULT_MAX_MESSAGE, call_timeout: float | None = None,
+    root: str | os.PathLike[str] | None = None,
+) -> _SyncClient:  # fmt: skip
+    wanted = None if read_mode is None else mode_is_message(read_mode, "read_mode")
+    with search_for(name, direction, server_uid, root) as search:
+        search.patient = appear
+        while True:
+            try:
+                return _SyncClient.adopting(search.claim(), search, wanted, max_message, call_timeout)
+            except (PipeBusy, PipeNotFound) as error:
+                give_up(error, deadline, appear)
+            await search.pause_task(deadline)
 
 
 async def call_pipe(
@@ -211,7 +220,7 @@ async def wait_pipe(
 ) -> None:  # fmt: skip
     """`portway.wait_pipe`, awaited."""
     deadline = Deadline(timeout) if timeout != DEFAULT_WAIT else None
-    with Search(name, None, server_uid, None if root is None else os.fspath(root)) as search:
+    with search_for(name, None, server_uid, root) as search:
         while True:
             try:
                 return search.listens()
@@ -219,4 +228,4 @@ async def wait_pipe(
                 deadline = deadline or Deadline(search.default_wait_ms / 1000)
                 if deadline.expired:
                     raise deadline.error(f"waiting for a free instance of the pipe {search.name}") from error
-            await asyncio.sleep(search.next_pause(deadline.remaining()))
+            await search.pause_task(deadline)

@@ -3,7 +3,7 @@ r"""`NamedPipeClient`, `call_pipe`, `wait_pipe`: CreateFileW, CallNamedPipeW and
 from __future__ import annotations
 
 import os
-from typing import Final, Literal
+from typing import Final, Literal, Self
 
 from ..deadline import Deadline
 from ..errors import InvalidParameter, OperationTimeout, PipeBusy, PipeNotFound
@@ -11,10 +11,18 @@ from ..wire.pipe import Direction, Header, line_slot
 from .pipe_end import DEFAULT_MAX_MESSAGE, PipeEnd, access_of, mode_is_message
 from .pipe_open import Claim, Search
 
-__all__ = ["DEFAULT_WAIT", "NamedPipeClient", "call_pipe", "claim_pipe", "wait_pipe"]
+__all__ = ["DEFAULT_WAIT", "NamedPipeClient", "call_pipe", "claim_pipe", "search_for", "wait_pipe"]
 
 DEFAULT_WAIT: Final = -1.0
 """NMPWAIT_USE_DEFAULT_WAIT: as long as the server said."""
+
+
+def search_for(
+    name: str, direction: str | Direction | None, server_uid: int | None, root: str | os.PathLike[str] | None
+) -> Search:
+    """The arguments of `NamedPipeClient` that decide what is looked for."""
+    access = None if direction is None else access_of(direction)
+    return Search(name, access, server_uid, None if root is None else os.fspath(root))
 
 
 def claim_pipe(search: Search, deadline: Deadline, appear: bool) -> Claim:
@@ -64,16 +72,24 @@ class NamedPipeClient(PipeEnd):
         max_message: int = DEFAULT_MAX_MESSAGE, call_timeout: float | None = None,
         root: str | os.PathLike[str] | None = None,
     ) -> None:  # fmt: skip
-        access = None if direction is None else access_of(direction)
         wanted = None if read_mode is None else mode_is_message(read_mode, "read_mode")
         deadline = Deadline(timeout)
-        with Search(name, access, server_uid, None if root is None else os.fspath(root)) as search:
-            claim = claim_pipe(search, deadline, appear)
-            self._adopt(claim, search.name.text, access, wanted, max_message, call_timeout)
+        with search_for(name, direction, server_uid, root) as search:
+            self._adopt(claim_pipe(search, deadline, appear), search, wanted, max_message, call_timeout)
+
+    @classmethod
+    def adopting(
+        cls, claim: Claim, search: Search, wanted: bool | None, max_message: int, timeout: float | None
+    ) -> Self:
+        """For those who wait another way: the end of what they claimed. `wanted`: whether it reads messages."""
+        made = cls.__new__(cls)
+        made._adopt(claim, search, wanted, max_message, timeout)
+        return made
 
     def _adopt(
-        self, claim: Claim, name: str, access: int | None, wanted: bool | None, max_message: int, timeout: float | None
+        self, claim: Claim, search: Search, wanted: bool | None, max_message: int, timeout: float | None
     ) -> None:
+        name, access = search.name.text, search.access
         header, record = claim.header, claim.record
         self.header = header
         message = header is not None and header.message
@@ -118,7 +134,7 @@ def call_pipe(
 
 
 def default_wait(name: str, server_uid: int | None, root: str | os.PathLike[str] | None) -> Deadline:
-    with Search(name, None, server_uid, None if root is None else os.fspath(root)) as search:
+    with search_for(name, None, server_uid, root) as search:
         try:
             search.listens()
         except PipeBusy:
@@ -136,7 +152,7 @@ def wait_pipe(
     `OperationTimeout` when all stay busy.
     """
     deadline = Deadline(timeout) if timeout != DEFAULT_WAIT else None
-    with Search(name, None, server_uid, None if root is None else os.fspath(root)) as search:
+    with search_for(name, None, server_uid, root) as search:
         while True:
             try:
                 search.listens()

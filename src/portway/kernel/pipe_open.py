@@ -9,23 +9,31 @@ from __future__ import annotations
 import errno
 import os
 import socket
+import threading
 import time
 from contextlib import suppress
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from ..deadline import Deadline
 from ..errors import AccessDenied, AmbiguousName, BadPipe, ObjectCorrupt, PipeBusy, PipeNotFound
-from ..wire.pipe import DISCONNECTED_AT, Header, Line, LineState, line_at
+from ..wire.pipe import DISCONNECTED_AT, Header, Line, line_at
 from .device import Device, Place
 from .netinfo import look_at, unix_queue
 from .pipe_name import DOTNET_PREFIX, PipeName, dotnet_folder, fold, parse_pipe_name
 from .pipe_record import Record, find
+from .pipe_waiting import Crowd
 from .process import overflow_uid, peer_of, user_name, within_limits
 
 __all__ = ["Claim", "Search"]
 
 _SLICE = 0.1
 _FIRST_PAUSE, _LAST_PAUSE = 0.001, 0.025
+
+
+class Turn(Protocol):
+    """A lock, of threads or of tasks."""
+
+    def release(self) -> None: ...
 
 
 class Claim(NamedTuple):
@@ -48,11 +56,13 @@ class Search:
         if server_uid is not None and server_uid == overflow_uid():
             raise AccessDenied(f"server_uid={server_uid} is nobody: whoever has no number here", hint="name another")
         self.device = Device("pipe", root)
-        self._busy: Record | None = None
+        self.crowd: Crowd | None = None
+        """Set while the pipe is there and has no free instance."""
+        self.turn: Turn | None = None
         self._wrong: Exception | None = None
         self.patient = False
         """Waiting for the name: another user's closed or broken pipe is no reason to give up."""
-        self._seen = 0
+        self._seen, self._looked = 0, 0.0
         self._wait = _FIRST_PAUSE
         self.default_wait_ms = 50
 
@@ -63,9 +73,12 @@ class Search:
         self._forget()
 
     def _forget(self) -> None:
-        busy, self._busy = self._busy, None
-        if busy is not None:
-            busy.close()
+        turn, self.turn = self.turn, None
+        if turn is not None:
+            turn.release()
+        crowd, self.crowd = self.crowd, None
+        if crowd is not None:
+            crowd.leave()
 
     # -- one look ------------------------------------------------------------------------------------------------------
 
@@ -79,18 +92,31 @@ class Search:
                 record = self._living()
                 if record is None:
                     raise
+        gone = self.crowd.gone if self.crowd is not None else {}
         try:
             self._check_access(record.header)
-            for slot, line in self._listening(record):
-                sock = self._connect(record, slot, line)
-                if sock is not None:
-                    return Claim(sock, record.header, record, line_at(slot) + DISCONNECTED_AT, line.generation)
-            self._remember(record)
-            raise self._is_busy(record)
+            for slot, line in record.listening():
+                if gone.get(slot) != line.generation:
+                    sock = self._connect(record, slot, line)
+                    gone[slot] = line.generation
+                    if sock is not None:
+                        return self._claimed(sock, record, slot, line)
         except BaseException:
-            if record is not self._busy:
-                record.close()
+            self._close(record)
             raise
+        raise self._busy(record, gone)
+
+    def _claimed(self, sock: socket.socket, record: Record, slot: int, line: Line) -> Claim:
+        try:
+            own = record if self.crowd is None else record.again()
+        except BaseException:
+            sock.close()
+            raise
+        return Claim(sock, record.header, own, line_at(slot) + DISCONNECTED_AT, line.generation)
+
+    def _close(self, record: Record) -> None:
+        if self.crowd is None:
+            record.close()
 
     def listens(self) -> None:
         """WaitNamedPipe's question: returns when an instance could be claimed. Else as `claim`."""
@@ -102,18 +128,22 @@ class Search:
         try:
             self.default_wait_ms = record.header.default_wait_ms
             held = record.held()
-            for slot, line in self._listening(record):
-                if slot in held and not unix_queue(line.inode):
-                    return
-            self._remember(record)
-            raise self._is_busy(record)
-        finally:
-            if record is not self._busy:
-                record.close()
+            if any(slot in held and not unix_queue(line.inode) for slot, line in record.listening()):
+                self._close(record)
+                return
+        except BaseException:
+            self._close(record)
+            raise
+        raise self._busy(record, {})
 
     def _living(self) -> Record | None:
         """The first record of the name with a server; what is wrong with others is told when nothing is found."""
-        self._forget()
+        if self.crowd is not None:
+            known = self.crowd.record
+            self._seen = known.wake_value()  # before looking, so that no news is missed
+            if known.place.uid == os.geteuid() and os.fstat(known.fd).st_nlink and known.alive():
+                return known  # one's own comes first, and here it is still
+            self._forget()
         self._wrong = None
         for place in self.device.places(self.server_uid):
             try:
@@ -128,7 +158,7 @@ class Search:
                 continue
             if record is None:
                 continue
-            self._seen = record.wake_value()  # before looking, so that no news is missed
+            self._seen = record.wake_value()
             if record.alive():
                 return record
             record.close()
@@ -152,10 +182,6 @@ class Search:
                 hint=f"open it with direction={'outbound' if allowed == 2 else 'inbound'!r}",
             )
 
-    def _listening(self, record: Record) -> list[tuple[int, Line]]:
-        lines = [one for one in record.lines() if one[1].state is LineState.LISTENING]
-        return sorted(lines, key=lambda one: one[1].ticket)
-
     def _connect(self, record: Record, slot: int, line: Line) -> socket.socket | None:
         kind = socket.SOCK_SEQPACKET if record.header.message else socket.SOCK_STREAM
         sock = _connected(kind, record.reach(f"{slot}.{line.generation}"), self.name)
@@ -167,11 +193,11 @@ class Search:
             )
         return sock
 
-    def _remember(self, record: Record) -> None:
-        self._busy = record
-
-    def _is_busy(self, record: Record) -> PipeBusy:
-        used = len(record.held())
+    def _busy(self, record: Record, gone: dict[int, int]) -> PipeBusy:
+        self._looked, used = time.monotonic(), record.noted()
+        if self.crowd is None:
+            self.crowd = Crowd.of(record)
+            self.crowd.gone.update(gone)
         return PipeBusy(
             f"no instance of the pipe {self.name} listens: {used} of {record.header.max_instances} exist, all in use",
             hint="give timeout= to wait for one",
@@ -223,15 +249,37 @@ class Search:
     # -- between two looks ---------------------------------------------------------------------------------------------
 
     def pause(self, deadline: Deadline) -> None:
-        """Until something may have changed: an instance listens anew, or, for a name that is not there, a moment."""
-        left = deadline.remaining()
-        if self._busy is not None:
-            self._busy.word.wait(self._seen, _SLICE if left is None else min(left, _SLICE))
-        else:
+        """Until something may have changed: it is this thread's turn, an instance listens anew, or, for a name that is
+        not there, a moment."""
+        left, crowd = deadline.remaining(), self.crowd
+        if crowd is None:
             time.sleep(self.next_pause(left))
+        elif self.turn is not None:
+            crowd.record.word.wait(self._seen, _SLICE if left is None else min(left, _SLICE))
+        elif crowd.turn.acquire(timeout=-1 if left is None else min(left, threading.TIMEOUT_MAX)):
+            self.turn = crowd.turn
+
+    async def pause_task(self, deadline: Deadline) -> None:
+        """`pause`, for asyncio."""
+        import asyncio
+
+        crowd = self.crowd
+        if crowd is None or self.turn is not None:
+            while True:
+                await asyncio.sleep(self.next_pause(deadline.remaining()))
+                if crowd is None or deadline.expired or self._news(crowd.record):
+                    return
+        with suppress(TimeoutError):
+            turn = crowd.turn_of_tasks()
+            async with asyncio.timeout(deadline.remaining()):
+                await turn.acquire()
+                self.turn = turn
+
+    def _news(self, record: Record) -> bool:
+        return record.wake_value() != self._seen or time.monotonic() - self._looked > _SLICE
 
     def next_pause(self, left: float | None) -> float:
-        """Seconds; growing. For those who wait another way (asyncio)."""
+        """Seconds; growing."""
         wait, self._wait = self._wait, min(self._wait * 1.5, _LAST_PAUSE)
         wait *= 0.75 + (time.monotonic_ns() & 0xFF) / 512  # so that a crowd does not come at once
         return wait if left is None else min(wait, left)

@@ -23,6 +23,7 @@ import stat
 import threading
 import time
 import weakref
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, NamedTuple, Self
@@ -30,8 +31,9 @@ from typing import TYPE_CHECKING, NamedTuple, Self
 from .._accel import wake as _native
 from ..errors import AccessDenied, ObjectClosed, ObjectCorrupt, PipeBusy
 from ..wire import pipe as wire
-from ..wire.pipe import Header, Line
+from ..wire.pipe import Header, Line, LineState
 from .device import Device, Place
+from .netinfo import unix_queue
 from .objectfile import full
 from .ofdlock import all_locked, gate, locked_from, try_lock, unlock
 from .pipe_name import MAX_SOCKET_PATH, PipeName
@@ -83,9 +85,10 @@ class Record:
     @property
     def word(self) -> Word:
         """The wake word, for those who wait for an instance."""
-        if self._word is None:
-            self._word = _native.Word(self.fd, wire.WAKE_AT)
-        return self._word
+        with self.lock:
+            if self._word is None:
+                self._word = _native.Word(self.fd, wire.WAKE_AT)
+            return self._word
 
     def wake_value(self) -> int:
         return int.from_bytes(os.pread(self.fd, 4, wire.WAKE_AT), "little")
@@ -99,6 +102,16 @@ class Record:
         """(slot, line) of all instances, the dead ones' too."""
         size = self.header.max_instances * wire.LINE_SIZE
         return list(wire.unpack_lines(os.pread(self.fd, size, wire.HEADER_SIZE)))
+
+    def listening(self) -> list[tuple[int, Line]]:
+        """Those of `lines` that listen, the oldest first."""
+        size = self.header.max_instances * wire.LINE_SIZE
+        return wire.unpack_listening(os.pread(self.fd, size, wire.HEADER_SIZE))
+
+    def noted(self) -> int:
+        """How many lines are not free; nearly the number of `held`, for less."""
+        states = os.pread(self.fd, self.header.max_instances * wire.LINE_SIZE, wire.HEADER_SIZE)[4 :: wire.LINE_SIZE]
+        return len(states) - states.count(0)
 
     def alive(self) -> bool:
         """Whether any server has the pipe, besides this object."""
@@ -154,6 +167,24 @@ class Record:
             if self.fd >= 0 and slot in self.slots:
                 self.slots.discard(slot)
                 unlock(self.fd, SLOTS + slot)
+
+    def ask(self) -> None:
+        """Of the others: one of the instances that only wait for clients. They look every half second."""
+        os.pwrite(self.fd, (_now_ms() or 1).to_bytes(4, "little"), wire.ASKED_AT)
+
+    def asked(self) -> bool:
+        """Whether a server asked in the last two seconds."""
+        at = int.from_bytes(os.pread(self.fd, 4, wire.ASKED_AT), "little")
+        return at != 0 and (_now_ms() - at) & 0xFFFFFFFF < 2000
+
+    def surplus(self) -> bool:
+        """Whether a server has more than one instance that waits for its client."""
+        held = self.held()
+        waiting = Counter(
+            line.server for slot, line in self.lines()
+            if slot in held and line.state is LineState.LISTENING and not unix_queue(line.inode)
+        )  # fmt: skip
+        return any(count > 1 for count in waiting.values())
 
     def share_slot(self, slot: int) -> int:
         """Another descriptor that holds the slot by itself, for another process or for longer; the caller closes it."""
@@ -232,6 +263,18 @@ class Record:
         with suppress(OSError):
             os.rmdir(self.folder)
 
+    def again(self) -> Record:
+        """A reader's record with descriptors of its own."""
+        with self.lock:
+            self._require()
+            fd = fcntl.fcntl(self.fd, fcntl.F_DUPFD_CLOEXEC, 0)
+            try:
+                folder_fd = fcntl.fcntl(self.folder_fd, fcntl.F_DUPFD_CLOEXEC, 0)
+            except OSError:
+                os.close(fd)
+                raise
+        return Record(fd, folder_fd, self.place, self.folder, self.header)
+
     def close(self) -> None:
         """Only the descriptors: see `pipe_serving.Serving` for leaving in order."""
         with self.lock:
@@ -249,6 +292,10 @@ class Record:
         """In a fork child: the locks are the parent's, and go with it."""
         self.lock = threading.RLock()
         self.close()
+
+
+def _now_ms() -> int:
+    return time.monotonic_ns() // 1_000_000 & 0xFFFFFFFF
 
 
 def _after_fork() -> None:

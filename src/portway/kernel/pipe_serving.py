@@ -11,12 +11,14 @@ import os
 import select
 import socket
 import threading
+import time
 import warnings
 import weakref
 from collections import deque
 from contextlib import suppress
 from dataclasses import dataclass, field
 
+from ..deadline import Deadline
 from ..errors import AccessDenied, ObjectClosed, OperationTimeout, PipeBusy, PortwayError
 from ..wire.pipe import Direction, Flag, Header
 from . import reaper
@@ -32,6 +34,7 @@ from .security import Security
 __all__ = ["Options", "PipeNameTaken", "Serving"]
 
 BACKLOG = 4
+_PATIENCE = 1.5  # seconds that a new server waits for the others to spare an instance
 _LOOK = 0.5  # seconds between looks at .NET's path
 _ALWAYS = 3600.0
 _live: weakref.WeakSet[Serving] = weakref.WeakSet()
@@ -110,6 +113,8 @@ class Serving:
 
     def _join(self) -> tuple[Record, int]:
         device = Device("pipe", self.options.root)
+        self._asked = False
+        deadline = Deadline(_PATIENCE)
         for _ in range(1000):
             record = find(device.own(), self.name, write=True)
             if record is None:
@@ -119,17 +124,19 @@ class Serving:
                     return made, 0
                 continue
             try:
-                slot = self._join_existing(record)
+                slot = self._join_existing(record, deadline)
             except BaseException:
                 record.close()
                 raise
             if slot is not None:
                 return record, slot
             record.close()
+            if self._asked:
+                time.sleep(0.005)
         raise OperationTimeout(f"the pipe {self.name}: others make and remove it all the time")
 
-    def _join_existing(self, record: Record) -> int | None:
-        """None: try again, since it had no server left, or has just gone."""
+    def _join_existing(self, record: Record, deadline: Deadline) -> int | None:
+        """None: try again, since it had no server left, or has just gone, or others were asked for an instance."""
         with record.gate():
             if os.fstat(record.fd).st_nlink == 0:
                 return None
@@ -145,6 +152,10 @@ class Serving:
                 raise AccessDenied(f"the pipe {self.name} is {theirs}, this server wants {ours}")
             record.join()
             slot = record.take_slot()
+            if slot is None and not deadline.expired and record.surplus():
+                self._asked = True
+                record.ask()
+                return None
             if slot is None:
                 raise PipeBusy(
                     f"all {header.max_instances} instances of the pipe {self.name} are in use",
@@ -197,7 +208,9 @@ class Serving:
         return min(most, self.options.instances or most)
 
     def _wanted(self) -> int:
-        """How many instances should listen: few of a small maximum, since other servers may want some."""
+        """How many instances should listen; one while another server of the name looks for an instance."""
+        if self.record.asked():
+            return 1
         return max(1, min(self.options.backlog, self._limit()))
 
     def top_up(self) -> None:
@@ -211,6 +224,17 @@ class Serving:
                 if slot is None:
                     return
                 self._listen(Instance(self.record, slot, self.who, self.options.security))
+
+    def _spare(self) -> None:
+        """Gives up instances that only wait for clients, when another server asks."""
+        while len(self.listening) > self._wanted() and self.record.asked():
+            instance = self.listening[-1]
+            sock = self._take(instance)
+            if sock is None:
+                instance.release()
+            else:
+                self._connected(instance, sock)
+                self._ring()
 
     def _listen(self, instance: Instance) -> None:
         try:
@@ -489,6 +513,7 @@ class Serving:
             if self.closed:
                 return None
             with suppress(OSError, PortwayError):  # for want of a descriptor or room: at the next look
+                self._spare()
                 self.top_up()  # another server may have given a slot back
                 if self.listening and not self._door_open:
                     self._watch_door()
