@@ -181,18 +181,22 @@ def _names() -> dict[str, Any]:
     import threading
     import time
 
+    import psutil
+
     import portway
-    from portway import aio, errors
-    from portway.kernel import fdpass, framing, handoff, inbox, offer, process, session
+    from portway import _accel, aio, errors
+    from portway.kernel import fdpass, framing, handoff, inbox, offer, pipe_identity, process, session
 
     hashlib.blake2b(b"")
-    for name in portway.__all__:
-        getattr(portway, name)
+    for module in (portway, aio):
+        for name in module.__all__:
+            getattr(module, name)
     return {
         "os": os, "socket": socket, "signal": signal, "portway": portway, "errors": errors, "aio": aio, "time": time,
         "asyncio": asyncio, "threading": threading, "select": select, "resource": resource, "ctypes": ctypes,
         "fdpass": fdpass, "process": process, "inbox": inbox, "offer": offer, "session": session, "sys": sys,
         "framing": framing, "handoff": handoff, "descriptors": descriptors, "patiently": patiently, "idna": encodings,
+        "also": (psutil, _accel.identity), "pipe_identity": pipe_identity,
     }  # fmt: skip
 
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .kernel.pipe_client import NamedPipeClient, call_pipe, wait_pipe
     from .kernel.pipe_list import list_pipes
     from .kernel.pipe_server import NamedPipeConnection, NamedPipeServer
+    from .kernel.pipe_serving import PipeNameTaken
     from .kernel.section import FileMapping, View
     from .kernel.security import Security
     from .kernel.semaphore import Semaphore
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "DotnetMutex", "Event", "FileMapping", "FramedSocket", "HandoffInbox", "HandoffSession", "Mutex", "NamedPipeClient",
-    "NamedPipeConnection", "NamedPipeServer", "PortwayError", "Security", "Semaphore", "SharedSocket",
+    "NamedPipeConnection", "NamedPipeServer", "PipeNameTaken", "PortwayError", "Security", "Semaphore", "SharedSocket",
     "SocketInformation", "SocketInformationOptions", "View", "WaitableTimer", "Waited", "__version__", "alert",
     "call_pipe", "duplicate_and_close", "duplicate_socket", "generation", "list_pipes", "signal_and_wait",
     "socket_from", "wait_all", "wait_any", "wait_claimed", "wait_pipe",
@@ -51,6 +52,7 @@ _HOME = {
     "NamedPipeClient": "kernel.pipe_client",
     "NamedPipeConnection": "kernel.pipe_server",
     "NamedPipeServer": "kernel.pipe_server",
+    "PipeNameTaken": "kernel.pipe_serving",
     "PortwayError": "errors",
     "Security": "kernel.security",
     "Semaphore": "kernel.semaphore",

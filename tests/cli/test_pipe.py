@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 pytest.importorskip("portway._native.pipe")
+from handoff_peers import patiently
 from verbs import Portway
 
 import portway as library
@@ -229,6 +230,19 @@ def test_a_signal_ends_it_cleanly_with_clients_connected(portway: Portway, liste
             pipe.receive(timeout=20)
 
 
+def test_a_signal_that_was_ignored_from_the_start_stays_so(portway: Portway) -> None:
+    command = portway.command("pipe", "listen", "s", "--count", "1")
+    nohup = f"trap '' HUP; exec {' '.join(command)}"
+    with subprocess.Popen(["sh", "-c", nohup], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=portway.env) as one:
+        try:
+            assert one.stderr is not None and b"serving" in one.stderr.readline()
+            one.send_signal(signal.SIGHUP)
+            portway.json("pipe", "send", "s", "still here")
+            assert one.communicate(timeout=30)[0] == b"still here\n" and one.returncode == 0
+        finally:
+            one.kill()
+
+
 def test_exit_codes_for_scripts(portway: Portway, listen: Start) -> None:
     done = portway.run("pipe", "send", "nobody", "x")
     assert done.returncode == 3
@@ -312,3 +326,24 @@ def test_dotnet_by_name(portway: Portway, listen: Start, netpeer: Path) -> None:
         assert connected["event"] == "connected"  # the first and only one: listing was none
     finally:
         theirs.communicate("quit\n", timeout=30)
+
+
+def test_a_name_that_another_program_took(portway: Portway, listen: Start) -> None:
+    path = f"{portway.env['PORTWAY_ROOT']}/CoreFxPipe_Mine"
+    server = listen("Mine", "--mode", "byte", "--count", "2")
+    os.unlink(path)  # as .NET's server does
+    with socket.socket(socket.AF_UNIX) as theirs:
+        theirs.bind(path)
+        theirs.listen()
+        theirs.setblocking(False)
+        patiently(lambda: [one["dotnet_state"] for one in portway.lines("pipe", "ls")] == ["taken", "ours"])
+        assert [one["kind"] for one in portway.lines("pipe", "ls")] == ["portway", "dotnet"]
+        found = {one["what"]: one for one in map(json.loads, portway.run("doctor", "--json").stdout.splitlines())}
+        assert "CoreFxPipe_Mine: served by other programs" in found["files of .NET's pipes"]["says"]
+        for text in ("a", "b"):
+            portway.json("pipe", "send", "mine", text)
+        with pytest.raises(BlockingIOError):
+            theirs.accept()
+    out, remarks = server.finished()
+    assert out == ["ab"]
+    assert remarks.count("CoreFxPipe_Mine") == 1 and "Traceback" not in remarks

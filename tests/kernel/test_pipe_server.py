@@ -835,7 +835,7 @@ def kill_at(step: int) -> None:
 
     for module, names in (
         (os, "mkdir rename chmod fchmod link unlink rmdir pwrite posix_fallocate open setxattr"),
-        (ofdlock, "try_lock unlock"), (pipe_record, "try_lock unlock"), (pipe_front, "_swap"),
+        (ofdlock, "try_lock unlock"), (pipe_record, "try_lock unlock"), (pipe_front, "_rename"),
         (socket.socket, "bind listen shutdown"),
     ):  # fmt: skip
         for name in names.split():
@@ -974,6 +974,25 @@ t.start()
     assert process.run("t.is_alive()")
 
 
+def test_without_descriptors_the_door_of_others_stays(peer: Any, pipe_root: str) -> None:
+    """A client that knows only .NET's path waits until there is a descriptor for it."""
+    process = peer()
+    process.run("os.environ.update(env)", env=world_of(pipe_root))
+    process.run("""
+s = portway.NamedPipeServer("p", backlog=2)
+t = threading.Thread(target=s.serve, args=(lambda pipe: pipe.send(pipe.receive(99)),), daemon=True)
+t.start()
+""")
+    process.run(NO_DESCRIPTORS)
+    with socket.socket(socket.AF_UNIX) as stranger:
+        stranger.settimeout(10)
+        stranger.connect(f"{pipe_root}/tmp/CoreFxPipe_p")
+        stranger.sendall(b"patience")
+        patiently(lambda: process.run("not s.serving._door_open"))  # the reaper's thread has tried
+        process.run("[os.close(one) for one in spare]")
+        assert stranger.recv(99) == b"patience"
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount")
 @pytest.mark.parametrize("blocks", [1, 2, 3, 6, 12])
 def test_a_full_file_system_is_one_clear_error(blocks: int, tmp_path: Any, monkeypatch: Any) -> None:
@@ -1059,3 +1078,20 @@ def test_many_objects_of_one_name_in_threads(made: Any, pipe_root: str) -> None:
             join()
     assert remains(pipe_root) == []
     assert running(os.getpid())
+
+
+def test_servers_share_a_small_maximum(made: Any, peer: Any, pipe_root: str) -> None:
+    """Instances that only wait for clients are spared for another server of the name, down to one each."""
+    made(NamedPipeServer("p", mode="message", max_instances=2))
+    assert list_pipes()[0].instances == 2
+    other = peer()
+    other.run("os.environ.update(env); s = portway.NamedPipeServer('p', max_instances=2)", env=world_of(pipe_root))
+    (info,) = list_pipes()
+    assert sorted(line.server_pid for line in info.detail) == sorted([os.getpid(), other.pid])
+    with pytest.raises(errors.PipeBusy, match="all 2 instances"):
+        NamedPipeServer("p", max_instances=2)
+    for client in [made(NamedPipeClient("p")) for _ in range(2)]:
+        client.send(b"to either")
+    with pytest.raises(errors.PipeBusy):
+        NamedPipeClient("p")
+    other.kill()

@@ -41,12 +41,15 @@ cdef class Channel(Sender):
 
     def cancel(self):
         """Ends every call that waits now, in any thread, with `OperationAborted`; later calls are not affected."""
+        if self._closed:
+            self.refuse()
         self.cancels += 1
         self.ring()
 
     def close(self):
         """Calls of other threads end with `ObjectClosed`. Closing twice is fine."""
         self.end_here()
+        self.gone = 0  # it is closed that counts now
 
     cdef int end_here(self) except -1:
         if self._closed:
@@ -65,6 +68,7 @@ cdef class Channel(Sender):
         if self._closed or self.pins:
             raise errors.ObjectClosed(f"this end of the pipe {self.name} is closed, or in use by another thread")
         fd = self._fd
+        pw_pipe_plain(fd)
         self._fd, self._closed = -1, 1
         self.ring()
         self.release_fd()
@@ -84,7 +88,7 @@ cdef class Channel(Sender):
         cdef long page = at & ~4095L
         cdef void *got
         if at < 0 or at & 3 or self.map != NULL:
-            raise ValueError(f"at={at}: give a multiple of 4, once")
+            raise errors.InvalidParameter(f"at={at}: give a multiple of 4, once")
         if install() != 0:
             raise OSError(errno, os.strerror(errno))
         got = mmap(NULL, 8192, PROT_READ, MAP_SHARED, record_fd, page)

@@ -21,6 +21,8 @@ cdef extern from "pipe_io.h" nogil:
     ssize_t pw_recv_packet(int, uint64_t *, char *, size_t, char *, size_t, int, int *)
     ssize_t pw_peek_packet(int, uint64_t *, char *, size_t, size_t, size_t *, int, int *)
     void pw_drop_packet(int)
+    int pw_pipe_ready(int)
+    void pw_pipe_plain(int)
     int pw_pipe_poll(int, short, int, int64_t)
     int pw_pipe_gone(int)
     int pw_send_abandoned(int)

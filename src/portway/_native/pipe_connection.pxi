@@ -42,6 +42,7 @@ cdef class Connection:
     # sending
     cdef PyThread_type_lock slock
     cdef bint owes_abandoned
+    cdef Py_ssize_t midway          # how far send_nowait is in the message that it began; 0: in none
     # waiting
     cdef uint64_t cancels
     cdef Bell bell
@@ -57,12 +58,10 @@ cdef class Connection:
 
     def __init__(self, int fd, *, bint message, int access, bint read_message=True, max_message=64 << 20, timeout=None,
                  name=""):
-        cdef timeval t
-        t.tv_sec, t.tv_usec = 0, 2000
         self.timeout = timeout
         if max_message < 0:
             raise errors.InvalidParameter(f"max_message={max_message}: give bytes >= 0")
-        if setsockopt(fd, SOL_SOCKET, SO_RCVTIMEO, &t, sizeof(t)) or setsockopt(fd, SOL_SOCKET, SO_SNDTIMEO, &t, sizeof(t)):
+        if pw_pipe_ready(fd):
             raise errors.InvalidParameter(f"descriptor {fd} is no socket: {os.strerror(errno)}")
         self.message, self.access, self.by_message, self.name = message, access, message and read_message, name
         self.max_message, self.pid, self.guess = max_message, getpid(), 64
@@ -110,7 +109,7 @@ cdef class Connection:
     def fileno(self):
         """Readable when something waits in the socket. `ObjectClosed` after close()."""
         if self._closed:
-            raise errors.ObjectClosed(f"this end of the pipe {self.name} is closed")
+            self.refuse()
         return self._fd
 
     # -- beginning and ending a call -----------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 #ifndef PORTWAY_PIPE_IO_H
 #define PORTWAY_PIPE_IO_H
 #include <errno.h>
+#include <fcntl.h>
 #include <limits.h>
 #include <linux/sockios.h>
 #include <poll.h>
@@ -25,6 +26,29 @@ static int64_t pw_pipe_now(void) {
     struct timespec t;
     clock_gettime(CLOCK_MONOTONIC, &t);
     return (int64_t)t.tv_sec * 1000000000 + t.tv_nsec;
+}
+
+/* Short waits in the kernel, no O_NONBLOCK (somebody may have shared the socket with it), and room for whole packets. */
+static int pw_pipe_ready(int fd) {
+    struct timeval t = {0, 2000};
+    int flags = fcntl(fd, F_GETFL), room = 0;
+    socklen_t size = sizeof room;
+    if (setsockopt(fd, SOL_SOCKET, SO_RCVTIMEO, &t, sizeof t) || setsockopt(fd, SOL_SOCKET, SO_SNDTIMEO, &t, sizeof t)) return -1;
+    if (flags & O_NONBLOCK) fcntl(fd, F_SETFL, flags & ~O_NONBLOCK);
+    if (getsockopt(fd, SOL_SOCKET, SO_SNDBUF, &room, &size) == 0 && room < 2 * PW_PACKET) {
+        room = PW_PACKET;
+        setsockopt(fd, SOL_SOCKET, SO_SNDBUF, &room, sizeof room);
+    }
+    return 0;
+}
+
+/* As it was before, for whoever gets the descriptor. */
+static void pw_pipe_plain(int fd) {
+    struct timeval t = {0, 0};
+    int none = -1;
+    setsockopt(fd, SOL_SOCKET, SO_RCVTIMEO, &t, sizeof t);
+    setsockopt(fd, SOL_SOCKET, SO_SNDTIMEO, &t, sizeof t);
+    setsockopt(fd, SOL_SOCKET, SO_PEEK_OFF, &none, sizeof none);
 }
 
 /* Header and payload as one packet. Bytes of payload sent, or -1. */
@@ -90,10 +114,10 @@ static int pw_pipe_poll(int fd, short events, int bell, int64_t at) {
     return ppoll(both, bell >= 0 ? 2 : 1, limit, NULL);
 }
 
-/* The other end has closed. */
+/* The other end has closed, or will send no more. */
 static int pw_pipe_gone(int fd) {
     struct pollfd one = {fd, POLLRDHUP, 0};
-    return poll(&one, 1, 0) > 0 && (one.revents & (POLLHUP | POLLERR));
+    return poll(&one, 1, 0) > 0 && (one.revents & (POLLHUP | POLLERR | POLLRDHUP));
 }
 
 /* A note that must get into a full queue: the send buffer is larger for this one packet. */

@@ -37,15 +37,17 @@ cdef class Receiver(Connection):
         return 0
 
     cdef int spoil(self, str why) except -1:
-        """The peer does not keep to the protocol: for good."""
+        """The peer does not keep to the protocol: for good, and it is told by the end of the connection."""
         self.broken = 1
         self.drop_gathered()
+        if self._fd >= 0:
+            shutdown(self._fd, SHUT_RDWR)
         raise errors.BrokenPipe(f"the other end of the pipe {self.name} broke the protocol: {why}")
 
     cdef int check_head(self, uint64_t head, size_t size) except -1:
         """Of a whole packet that was or is to be taken. `MessageAbandoned` is the caller's to raise: 1."""
         cdef uint64_t left = PW_LEFT(head)
-        if PW_KIND(head) == 1 and size == 0:
+        if PW_KIND(head) == 1 and size == 0 and self.expect:
             return 1
         if PW_KIND(head) or size > left or (size < left and size != PACKET) or (self.expect and left != self.expect):
             self.spoil(f"a packet of {size} bytes where {self.expect} of a message are due, kind {PW_KIND(head)}, {left} left")
@@ -93,6 +95,8 @@ cdef class Receiver(Connection):
             if end:
                 if self._closed or self.gone:
                     self.refuse()
+                if not pw_pipe_gone(fd):
+                    self.spoil("a packet of nothing")
                 return -2
             if got == PW_OVERSIZE:
                 self.spoil("a packet larger than 65,544 or smaller than 8 bytes")
@@ -115,6 +119,8 @@ cdef class Receiver(Connection):
             if end:
                 if self._closed or self.gone:
                     self.refuse()
+                if not pw_pipe_gone(fd):
+                    self.spoil("a packet of nothing")
                 return -2
             if got == PW_OVERSIZE:
                 self.spoil("a packet larger than 65,544 or smaller than 8 bytes")
@@ -421,7 +427,7 @@ cdef class Receiver(Connection):
             raise self.late(seconds, "receiving from")
         return data
 
-    def receive(self, size=None, *, timeout=_UNSET):
+    def receive(self, size=None, timeout=_UNSET):
         cdef double seconds = self.limit(timeout)
         self.enter(1)
         try:
@@ -443,7 +449,7 @@ cdef class Receiver(Connection):
         finally:
             self.leave()
 
-    def receive_into(self, buffer, *, timeout=_UNSET):
+    def receive_into(self, buffer, timeout=_UNSET):
         cdef double seconds = self.limit(timeout)
         cdef int64_t at = 0 if seconds == 0 else -1
         cdef uint64_t cancels = self.cancels, left
@@ -490,6 +496,8 @@ cdef class Receiver(Connection):
             if not PyThread_acquire_lock(self.rlock, 0):  # somebody waits for data: there is none
                 return b"", 0, 0
             try:
+                if self.broken:
+                    self.spoil("earlier")
                 return self.peek_packets(size) if self.message else self.peek_bytes(size)
             finally:
                 PyThread_release_lock(self.rlock)

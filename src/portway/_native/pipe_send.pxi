@@ -98,13 +98,15 @@ cdef class Sender(Receiver):
             if not PyThread_acquire_lock(self.slock, 0) and not self.lock(self.slock, at_of(seconds), cancels):
                 raise self.late(seconds, "sending to")
             try:
+                if self.midway:
+                    self.not_there(0, view.len)
                 return self.put_all(<const char *>view.buf, view.len, seconds, cancels)
             finally:
                 PyThread_release_lock(self.slock)
         finally:
             PyBuffer_Release(&view)
 
-    def send(self, data, *, timeout=_UNSET):
+    def send(self, data, timeout=_UNSET):
         cdef double seconds = self.limit(timeout)
         self.enter(2)
         try:
@@ -120,8 +122,8 @@ cdef class Sender(Receiver):
         try:
             PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
             try:
-                if not 0 <= at <= view.len:
-                    raise ValueError(f"at={at} of {view.len}")
+                if not 0 <= at <= view.len or (self.message and at != self.midway):
+                    self.not_there(at, view.len)
                 if not self.message and not view.len:
                     return 0
                 if self.owes_abandoned and not self.settle():
@@ -129,9 +131,11 @@ cdef class Sender(Receiver):
                 while True:
                     now = self.put(<const char *>view.buf, view.len, at, False)
                     if now < 0:
+                        self.midway = at if self.message else 0
                         return at if at > begun else -1
                     at = now
                     if at == view.len:
+                        self.midway = 0
                         self.sent_messages += 1
                         return at
             finally:
@@ -139,15 +143,22 @@ cdef class Sender(Receiver):
         finally:
             self.leave()
 
+    cdef int not_there(self, Py_ssize_t at, Py_ssize_t size) except -1:
+        if self.midway and not at:
+            raise errors.PipeBusy(f"the pipe {self.name} is in the middle of another message")
+        raise errors.InvalidParameter(f"at={at} of {size}: the message is at {self.midway}")
+
     def abandon(self):
         """For event loops: the message that send_nowait began is given up."""
         self.enter(2)
         try:
-            self.give_up()
+            if self.midway:
+                self.midway = 0
+                self.give_up()
         finally:
             self.leave()
 
-    def transact(self, data, size=None, *, timeout=_UNSET):
+    def transact(self, data, size=None, timeout=_UNSET):
         cdef double seconds = self.limit(timeout)
         cdef int64_t at = 0 if seconds == 0 else -1
         cdef uint64_t cancels = self.cancels
@@ -181,7 +192,7 @@ cdef class Sender(Receiver):
         setsockopt(self._fd, SOL_SOCKET, SO_PEEK_OFF, &from_start, sizeof(from_start))
         return c_recv(self._fd, head, 8, MSG_PEEK | MSG_DONTWAIT) > 0
 
-    def flush(self, *, timeout=_UNSET):
+    def flush(self, timeout=_UNSET):
         cdef double seconds = self.limit(timeout)
         cdef int64_t at = at_of(seconds), now
         cdef uint64_t cancels = self.cancels

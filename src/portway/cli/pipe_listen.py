@@ -74,10 +74,12 @@ class Listener:
             left = dict(self._open)
             for child in self._children:
                 child.terminate()
-        for thread, pipe in left.items():
-            with suppress(PortwayError):
-                pipe.cancel()
-            thread.join(5)
+        patience = Deadline(5)
+        while any(thread.is_alive() for thread in left) and not patience.expired:
+            for thread, pipe in left.items():
+                with suppress(PortwayError):
+                    pipe.cancel()  # of what waits now; who is between two calls is met the next time
+                thread.join(0.02)
         os.close(self._bell)
 
     # -- one conversation, in a thread ---------------------------------------------------------------------------------
@@ -186,9 +188,11 @@ class Listener:
 
 @contextmanager
 def _signals() -> Iterator[int]:
-    """A descriptor that is readable once a signal has come; children get the signals as ever."""
+    """A descriptor that is readable once a signal has come; children get the signals as ever. What was ignored when we
+    were started (nohup, a shell's ``&``) stays ignored."""
     reads, writes = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-    before = {number: signal.signal(number, lambda *_: None) for number in _SIGNALS}
+    heard = [number for number in _SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, lambda *_: None) for number in heard}
     wakeup = signal.set_wakeup_fd(writes)
     try:
         yield reads

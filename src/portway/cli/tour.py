@@ -83,7 +83,7 @@ def _for_people() -> dict[str, Any]:
     move = move_connection(say)
     console.rule("3. Two processes share memory under a mutex; one is killed while it holds it")
     share = share_memory(say)
-    console.rule("4. A named pipe serves two clients; .NET is the other end by nothing but the name")
+    console.rule("4. A named pipe: two clients, and .NET by nothing but the name")
     talked = talk(say)
     if talked["dotnet"] is None:
         console.print("[dim]no .NET program here (PORTWAY_NETPEER): left out[/]")

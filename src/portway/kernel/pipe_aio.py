@@ -49,7 +49,7 @@ class AsyncPipeEnd:
         self._pump = _native.Pump(self._loop, self._fd, self._nowait, self._late)
         self._sending: asyncio.Lock | None = None
         self._writable: asyncio.Future[None] | None = None
-        self._cancels = 0
+        self._cancels = self._senders = 0
 
     # -- receiving -----------------------------------------------------------------------------------------------------
 
@@ -72,7 +72,7 @@ class AsyncPipeEnd:
 
     async def send(self, data: Any, *, timeout: Any = Left) -> int:
         """One message, or all bytes; see `PipeEnd.send`."""
-        if self._sending is None or not self._sending.locked():
+        if not self._senders:  # a lock that is free may have its next owner already
             at = self._send_now(data)
             if at == (len(data) if type(data) is bytes else memoryview(data).nbytes):
                 return at
@@ -83,9 +83,12 @@ class AsyncPipeEnd:
     async def _rest(self, data: Any, at: int, seconds: float | None) -> int:
         if self._sending is None:
             self._sending = asyncio.Lock()
-        view = memoryview(data).cast("B")
+        view, cancels = memoryview(data).cast("B"), self._cancels
+        self._senders += 1
         try:
             async with asyncio.timeout(seconds), self._sending:
+                if cancels != self._cancels:
+                    raise OperationAborted(f"cancelled: {self.sync!r}")
                 while True:
                     if at < 0 or at < len(view):
                         now = self.sync.send_nowait(view, max(at, 0))
@@ -101,6 +104,8 @@ class AsyncPipeEnd:
                 late.sent = max(at, 0)  # type: ignore[attr-defined]
                 raise late from None
             raise
+        finally:
+            self._senders -= 1
 
     async def _when_writable(self) -> None:
         self._writable = ready = self._loop.create_future()
@@ -130,10 +135,13 @@ class AsyncPipeEnd:
         """Returns when the other end has read everything."""
         seconds = self.timeout if timeout is Left else timeout
         pause, until = 0.0005, None if seconds is None else self._loop.time() + seconds
+        cancels = self._cancels
         while True:
             try:
                 return self.sync.flush(timeout=0)
             except OperationTimeout:
+                if cancels != self._cancels:
+                    raise OperationAborted(f"cancelled: {self.sync!r}") from None
                 if until is not None and self._loop.time() >= until:
                     raise
             await asyncio.sleep(pause)
@@ -145,6 +153,7 @@ class AsyncPipeEnd:
 
     def cancel(self) -> None:
         """Ends every call that waits now with `OperationAborted`."""
+        self._cancels += 1
         self._wake(OperationAborted(f"cancelled: {self.sync!r}"))
 
     def _wake(self, error: Exception) -> None:

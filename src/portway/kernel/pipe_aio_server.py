@@ -68,7 +68,13 @@ class NamedPipeServer:
     def _keep(self, waiter: asyncio.Future[Any]) -> None:
         """A client that came in the moment of cancelling is the next accept()'s."""
         if waiter.done() and not waiter.cancelled() and waiter.exception() is None:
-            self._returned.append(waiter.result())
+            other = next((one for one in self._waiting if not one.done()), None)
+            if self.closed:
+                self.sync._connection(*waiter.result()).close()
+            elif other is not None:
+                other.set_result(waiter.result())
+            else:
+                self._returned.append(waiter.result())
 
     def _watch(self) -> None:
         if self._watching < 0 and self._loop is not None:
@@ -166,6 +172,8 @@ class NamedPipeClient(AsyncPipeEnd):
         return await cls(name, **options).__aenter__()
 
     async def __aenter__(self) -> Self:
+        if hasattr(self, "sync"):  # from `open`
+            return self
         name, timeout, appear, options = self._how
         end = await _opened(name, Deadline(timeout), appear, **options)
         AsyncPipeEnd.__init__(self, end)
@@ -184,6 +192,7 @@ async def _opened(
 ) -> _SyncClient:  # fmt: skip
     wanted = None if read_mode is None else mode_is_message(read_mode, "read_mode")
     with search_for(name, direction, server_uid, root) as search:
+        search.patient = appear
         while True:
             try:
                 return _SyncClient.adopting(search.claim(), search, wanted, max_message, call_timeout)

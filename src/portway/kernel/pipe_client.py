@@ -27,6 +27,7 @@ def search_for(
 
 def claim_pipe(search: Search, deadline: Deadline, appear: bool) -> Claim:
     """Looks until an instance is claimed. `PipeBusy` and `PipeNotFound` at once when there is no time to wait."""
+    search.patient = appear
     while True:
         try:
             return search.claim()

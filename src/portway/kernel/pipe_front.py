@@ -6,7 +6,8 @@ then waits until its timeout, as on Windows. The front of a message pipe is a se
 listens: .NET says "Protocol wrong type for socket" at once.
 
 What is not ours is never removed: a file is exchanged for ours in one step, looked at, and put back when it is not the
-one that was meant. All changes are made under the record's gate.
+one that was meant. A descriptor (O_PATH) keeps every file that is compared, since file systems give the number of a
+removed file to the next one. All changes are made under the record's gate.
 """
 
 from __future__ import annotations
@@ -15,19 +16,22 @@ import ctypes
 import errno
 import os
 import socket
+import stat
+import time
 from contextlib import suppress
+from typing import Self
 
 from ..errors import AccessDenied
-from .netinfo import look_at
+from .netinfo import unix_queue
 from .objectfile import full
-from .pipe_name import MAX_SOCKET_PATH
 from .pipe_record import Record
 from .pipe_socket import bind_socket
 from .security import Security
 
-__all__ = ["Front", "front_file", "remove_stale", "whose_front"]
+__all__ = ["Front", "Seen", "front_file", "remove_stale", "whose_front"]
 
-_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
+_AT_FDCWD, _RENAME_NOREPLACE, _RENAME_EXCHANGE = -100, 1, 2
+_BINDING = 0.05  # seconds after which a new file that no socket has is left over, and not just being bound
 
 
 def front_file(record: Record, number: int) -> str:
@@ -52,99 +56,197 @@ def whose_front(record: Record, identity: tuple[int, int] | None) -> int | None:
     return None
 
 
+class Seen:
+    """What lies at a path, kept from being replaced by another of the same number. ``with``, or ``close()``."""
+
+    def __init__(self, path: str, ask: bool = True, new: bool = True) -> None:
+        self.state, self.uid, self.fd = "absent", -1, -1
+        """``absent``, ``live`` (somebody has the socket bound), ``dead`` (nobody has it), ``denied`` (somebody else's:
+        we may not ask), ``other`` (no socket), ``link`` (a symlink, whatever it leads to)."""
+        self.identity: tuple[int, int] | None = None
+        try:
+            self.fd = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
+                raise full(error, path) from error
+            self.state = "absent" if error.errno == errno.ENOTDIR else "denied"
+            return
+        info = os.fstat(self.fd)
+        self.identity, self.uid, kind = (info.st_dev, info.st_ino), info.st_uid, stat.S_IFMT(info.st_mode)
+        if kind != stat.S_IFSOCK:
+            self.state = "link" if kind == stat.S_IFLNK else "other"
+            return
+        if not ask:
+            return
+        self.state = self._ask()
+        ours = info.st_nlink > 1 or info.st_mode & stat.S_ISVTX or not new
+        if self.state == "dead" and not ours and time.time() - info.st_ctime < _BINDING:
+            time.sleep(_BINDING)  # somebody may just bind it: the file is there before its socket has it
+            self.state = self._ask()
+
+    def _ask(self) -> str:
+        """A datagram socket's connect() is refused by every other kind, and whoever has it notices nothing."""
+        try:
+            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK) as probe:
+                wrong = probe.connect_ex(f"/proc/self/fd/{self.fd}")
+        except OSError as error:
+            raise full(error, "a socket") from error
+        return {errno.ECONNREFUSED: "dead", errno.EACCES: "denied", errno.EPERM: "denied"}.get(wrong, "live")
+
+    @property
+    def left_over(self) -> bool:
+        """A socket's file of ours that nobody has."""
+        return self.state == "dead" and self.uid == os.geteuid()
+
+    def close(self) -> None:
+        fd, self.fd = self.fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
 class Front:
-    """One server object's. ``close()`` after `settle` has taken the path away from it."""
+    """One server object's. `settle` whenever it may matter; `withdraw`, or `forget`, at the end."""
 
     def __init__(self, record: Record, number: int, security: Security) -> None:
-        self.record, self.path = record, record.header.front
+        self.record, self.path, self.security = record, record.header.front, security
         self.file = front_file(record, number)
         self.socket: socket.socket | None = None
+        self.identity: tuple[int, int] | None = None
         self.state = "none"
-        """``ours``, ``another`` (another server of this pipe has the path), ``closed`` (no instance listens),
-        ``taken`` (a socket that is not this pipe's has it), ``blocked`` (a file of somebody else, or no socket)."""
-        if not self.path or len(os.fsencode(self.file)) > MAX_SOCKET_PATH:
-            self.path = ""
-            return
-        kind = socket.SOCK_SEQPACKET if record.header.message else socket.SOCK_STREAM
-        try:
-            self.socket = bind_socket(kind, self.file, security)
-        except OSError as error:
-            if error.errno in (errno.ENOENT, errno.ENOTDIR):
-                raise AccessDenied(f"{os.path.dirname(self.path)}: {os.strerror(error.errno or 0)}") from None
-            raise full(error, self.path) from error
-        if not record.header.message:
-            self.socket.listen(4096)
-        info = os.lstat(self.file)
-        self.identity = info.st_dev, info.st_ino
+        """``ours``, ``another`` (another server of this pipe has the path), ``closed`` (no instance is free),
+        ``taken`` (a socket that is not this pipe's has it), ``blocked`` (a file of somebody else, or no socket, is in
+        the way, or nothing can be made there)."""
+        self.why = ""
+        """What is wrong, when it is ``blocked``."""
+        if self.path:
+            self._make()
 
-    def settle(self, listening: bool) -> None:
-        """Under the gate: makes the path what it should be; notes in `state` what it is."""
-        if not self.path:
+    def _make(self) -> None:
+        message = self.record.header.message
+        try:
+            made = bind_socket(socket.SOCK_SEQPACKET if message else socket.SOCK_STREAM, self.file, self.security)
+            info = os.lstat(self.file)
+        except OSError as error:
+            folder = os.path.dirname(self.path)
+            if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS):
+                raise full(error, self.path) from error
+            if self.record.header.name == self.path and self.identity is None:  # a rooted name is nowhere else
+                raise AccessDenied(f"{folder}: {os.strerror(error.errno or 0)}") from error
+            self.state, self.why = "blocked", f"{folder}: {os.strerror(error.errno or 0)}"
             return
-        listening = listening or self.record.header.message
+        if not message:
+            made.listen(4096)
+        self.stop()
+        self.socket, self.identity, self.why = made, (info.st_dev, info.st_ino), ""
+
+    def settle(self, free: bool) -> None:
+        """Under the gate: makes the path what it should be; notes in `state` what it is. free: whether an instance of
+        this server's can take a client."""
+        if self.path and self.identity is None:
+            self._make()  # perhaps the folder is there now
+        if self.identity is None:
+            return
+        free = free or self.record.header.message
+        self.why = ""
         for _ in range(20):
-            seen = look_at(self.path)
-            foreign = seen.state == "dead" and (seen.uid != os.geteuid() or os.path.islink(self.path))
-            if foreign or seen.state in ("other", "denied"):
-                self.state = "blocked" if seen.state != "denied" else "taken"
-                return
-            if seen.state == "live" and seen.identity == self.identity:
-                if listening:
-                    self.state = "ours"
+            with Seen(self.path) as seen:
+                wanted = self._wanted(seen, free)
+                if wanted is None:
                     return
-                wanted = self._another()
-            elif seen.state == "live":
-                number = whose_front(self.record, seen.identity)
-                if number is None:
-                    self.state = "taken"
+                if wanted == self.file and not os.path.lexists(wanted):  # somebody has emptied the folder
+                    self._make()
+                    if self.why:
+                        return
+                try:
+                    done = self._put(wanted, seen.identity)
+                except OSError as error:
+                    self.state, self.why = "blocked", f"{self.path}: {os.strerror(error.errno or 0)}"
                     return
-                if not listening or number in self._listening():
-                    self.state = "another"
-                    return
-                wanted = self.file
-            else:
-                wanted = self.file if listening else self._another()
-                if not wanted and seen.state == "dead":
-                    self.state = "closed"
-                    return
-            if self._put(wanted, seen.identity):
+            if done:
                 self.state = "closed" if not wanted else "ours" if wanted == self.file else "another"
                 return
+        self.state = "taken"  # for now: somebody replaces it all the time
+
+    def _wanted(self, seen: Seen, free: bool) -> str | None:
+        """The file whose link the path should become, "" for one that nobody has; None: it stays, and `state` says
+        what it is."""
+        if seen.state in ("other", "link") or (seen.state == "dead" and not seen.left_over):
+            self.state, self.why = "blocked", f"{self.path} is {_WHAT[seen.state]}"
+        elif seen.state == "denied":
+            self.state = "taken"
+        elif seen.state == "live" and seen.identity == self.identity:
+            if not free:
+                return self._another()
+            self.state = "ours"
+        elif seen.state == "live":
+            number = whose_front(self.record, seen.identity)
+            if number is None:
+                self.state = "taken"
+            elif free and number not in self._free():
+                return self.file
+            else:
+                self.state = "another"
+        elif free:
+            return self.file
+        elif (another := self._another()) or seen.state == "absent":
+            return another
+        else:
+            self.state = "closed"
+        return None
+
+    def stop(self) -> None:
+        """After a `settle` without a free instance: takes nobody any more, who waits in it is told."""
+        if self.socket is not None:
+            self.socket.close()
+            self.socket = None
 
     def withdraw(self) -> None:
         """Under the gate, when this server leaves: its file goes, and the path with it unless another server has it."""
-        if not self.path:
-            return
-        if self.state == "ours" and look_at(self.path).identity == self.identity:
-            self._put(self._another(), self.identity)
+        if self.identity is not None:
+            with suppress(OSError), Seen(self.path) as seen:
+                if seen.identity == self.identity:
+                    self._put(self._another(), self.identity)
         self.close()
 
     def forget(self) -> None:
         """In a fork child: nothing on disk changes."""
-        sock, self.socket, self.path = self.socket, None, ""
-        if sock is not None:
-            sock.close()
+        self.stop()
+        self.identity = None
 
     def close(self) -> None:
-        with suppress(FileNotFoundError):
-            if self.path and os.lstat(self.file).st_ino == self.identity[1]:
-                os.unlink(self.file)
+        """The file of its own goes; the path is somebody else's to mend."""
+        if self.identity is not None:
+            with suppress(OSError):
+                if os.lstat(self.file).st_ino == self.identity[1]:
+                    os.unlink(self.file)
         self.forget()
 
     # -- whose front is it -----------------------------------------------------------------------------------------
 
-    def _listening(self) -> list[int]:
-        """Numbers of living servers whose instances listen (or that have any, of a message pipe), oldest first."""
+    def _free(self) -> list[int]:
+        """Numbers of living servers with an instance that can take a client (or that have any, of a message pipe);
+        the one that listens longest is first."""
         held, message = self.record.held(), self.record.header.message
         lines = [line for slot, line in self.record.lines() if slot in held and (message or line.state == 1)]
-        return [line.server for line in sorted(lines, key=lambda line: line.ticket)]
+        lines.sort(key=lambda line: line.ticket)
+        return list(dict.fromkeys(line.server for line in lines if message or not unix_queue(line.inode)))
 
     def _another(self) -> str:
         """The front file of another living server that can take a client; "" when there is none."""
-        for number in self._listening():
+        for number in self._free():
             file = front_file(self.record, number)
-            if file != self.file and look_at(file).state == "live":
-                return file
+            if file != self.file:
+                with suppress(OSError), Seen(file) as seen:
+                    if seen.state == "live":
+                        return file
         return ""
 
     # -- changing the path -----------------------------------------------------------------------------------------
@@ -156,18 +258,20 @@ class Front:
             if file:
                 os.link(file, temporary)
             else:
-                bind_socket(socket.SOCK_STREAM, temporary, Security.owner()).close()
+                bind_socket(socket.SOCK_STREAM, temporary, self.security).close()
+                os.chmod(temporary, os.lstat(temporary).st_mode & 0o777 | stat.S_ISVTX)  # for `Seen`: never bound again
             if expected is None:
                 os.link(temporary, self.path)
                 return True
-            return _exchange(temporary, self.path, expected)
+            return _replace(temporary, self.path, expected)
         except (FileExistsError, FileNotFoundError):
             return False
-        except OSError as error:
-            raise full(error, self.path) from error
         finally:
             with suppress(FileNotFoundError):
                 os.unlink(temporary)
+
+
+_WHAT = {"other": "no socket", "link": "a symbolic link", "dead": "somebody else's"}
 
 
 def remove_stale(record: Record) -> None:
@@ -177,15 +281,16 @@ def remove_stale(record: Record) -> None:
         return
     folder = os.path.dirname(record.header.front)
     prefix = f".portway-{os.path.basename(record.folder)}-"
+    if not record.alive():
+        with suppress(OSError):
+            remove_path(record.header.front, _aside(record))
     with suppress(OSError):
         for name in os.listdir(folder):
             if name.startswith(prefix):
                 path = f"{folder}/{name}"
-                if (seen := look_at(path)).state == "dead" and seen.uid == os.geteuid():
-                    with suppress(OSError):
+                with suppress(OSError), Seen(path, new=False) as seen:
+                    if seen.left_over:
                         os.unlink(path)
-    if not record.alive():
-        remove_path(record.header.front, _aside(record))
 
 
 def _aside(record: Record) -> str:
@@ -195,54 +300,73 @@ def _aside(record: Record) -> str:
 
 def remove_path(path: str, aside: str) -> None:
     """Removes a socket's file of ours that nobody has; whatever else it turns out to be stays."""
-    seen = look_at(path)
-    if seen.state != "dead" or seen.uid != os.geteuid() or os.path.islink(path):
-        return
-    try:
-        os.rename(path, aside)
-        info = os.lstat(aside)
-        if (info.st_dev, info.st_ino) == seen.identity:
-            os.unlink(aside)
+    with Seen(path) as seen:
+        if not seen.left_over:
             return
-        os.link(aside, path)  # somebody else's, put there this moment
+        os.rename(path, aside)
+        with Seen(aside, ask=False) as moved:
+            if moved.identity == seen.identity:
+                os.unlink(aside)
+                return
+        try:
+            _rename(aside, path, _RENAME_NOREPLACE)  # somebody else's, put there this moment
+            return
+        except FileExistsError:  # and replaced by yet another
+            pass
+        except NotImplementedError:
+            with suppress(FileExistsError):
+                os.link(aside, path)
         os.unlink(aside)
-    except FileNotFoundError:
-        pass
-    except OSError:
-        with suppress(OSError):
-            os.rename(aside, path)
 
 
-def _exchange(temporary: str, path: str, expected: tuple[int, int]) -> bool:
-    """Swaps the two names if `path` is still the file expected; the old one is at `temporary` then, to be removed."""
+def _replace(temporary: str, path: str, expected: tuple[int, int]) -> bool:
+    """Swaps the two names if `path` is still the file expected; what is at `temporary` then may be removed."""
     try:
-        if not _swap(temporary, path):
-            return False
-    except NotImplementedError:  # this file system cannot; there is a moment in which a stranger's file would be lost
-        info = os.lstat(path)
-        if (info.st_dev, info.st_ino) != expected:
-            return False
-        os.rename(temporary, path)
-        return True
-    info = os.lstat(temporary)
-    if (info.st_dev, info.st_ino) == expected:
-        return True
-    _swap(temporary, path)
-    return False
+        with Seen(temporary, ask=False) as ours:
+            _rename(temporary, path, _RENAME_EXCHANGE)
+            return _restored(temporary, path, ours, expected)
+    except NotImplementedError:  # this file system cannot: the path is empty for a moment
+        aside = f"{temporary}a"
+        os.rename(path, aside)
+        with Seen(aside, ask=False) as moved:
+            wrong = moved.identity != expected
+        with suppress(FileExistsError):
+            os.link(aside if wrong else temporary, path)
+        os.unlink(aside)
+        return not wrong
 
 
-def _swap(one: str, other: str) -> bool:
+def _restored(temporary: str, path: str, ours: Seen, expected: tuple[int, int]) -> bool:
+    """After the swap: True when it was the right file. Else it goes back, unless it has a successor by now."""
+    there = ours.identity  # what we put at the path last
+    kept = [Seen(temporary, ask=False)]
+    try:
+        if kept[0].identity == expected:
+            return True
+        while True:
+            try:
+                _rename(temporary, path, _RENAME_EXCHANGE)
+            except FileNotFoundError:  # removed by one who would have removed this one
+                return False
+            before, there = there, kept[-1].identity
+            kept.append(Seen(temporary, ask=False))
+            if kept[-1].identity == before:  # nobody came in between
+                return False
+    finally:
+        for one in kept:
+            one.close()
+
+
+def _rename(old: str, new: str, how: int) -> None:
+    """renameat2(2). NotImplementedError when the file system cannot."""
     global _renameat2
     if _renameat2 is None:
         _renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
-    if _renameat2(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE) == 0:
-        return True
-    number = ctypes.get_errno()
-    if number == errno.ENOENT:
-        return False
-    if number in (errno.EINVAL, errno.ENOSYS):
-        raise NotImplementedError
-    raise OSError(number, os.strerror(number), other)
+    if _renameat2(_AT_FDCWD, os.fsencode(old), _AT_FDCWD, os.fsencode(new), how):
+        number = ctypes.get_errno()
+        if number in (errno.EINVAL, errno.ENOSYS):
+            raise NotImplementedError
+        raise OSError(number, os.strerror(number), new)
 
 
 _renameat2: ctypes._NamedFuncPointer | None = None

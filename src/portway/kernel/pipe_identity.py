@@ -1,227 +1,223 @@
-"""Who is at the other end of a pipe, as the kernel vouches, and acting as that user for a while.
+"""Who is at the other end of a pipe, and being that user on one thread: ImpersonateNamedPipeClient, RevertToSelf.
 
-ImpersonateNamedPipeClient and RevertToSelf. Sources: unix(7) SO_PEERCRED; SO_PEERGROUPS, SO_PEERPIDFD; setresuid(2).
+Sources: unix(7), setresuid(2) "C library/kernel differences", capabilities(7).
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import errno
 import os
-import socket
+import pwd
+import select
 import struct
-import sys
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Callable
+from contextlib import AbstractContextManager, suppress
+from functools import cache, partial
+from typing import NamedTuple, TypeVar, TypeVarTuple, cast
 
-from .._accel import identity as _native
-from ..errors import AccessDenied, InvalidParameter, PortwayError
-from .process import start_time, user_name
+from .. import _accel
+from ..errors import AccessDenied, BadPipe, NotSupported, PipeNotConnected, ProcessNotFound
+from .process import Pidfd, start_time, uid_of, user_name, within_limits
 
 __all__ = ["Identity", "identity_of", "impersonate", "run_as"]
 
-_T = TypeVar("_T")
-_SO_PEERGROUPS, _SO_PEERPIDFD = 59, 77
-_acting = threading.local()
+_SO_PEERCRED, _SO_PEERGROUPS, _SO_PEERPIDFD = 17, 59, 77
+_NO_ID = 0xFFFFFFFF
+
+R = TypeVar("R")
+Ts = TypeVarTuple("Ts")
 
 
-class Identity(NamedTuple):
-    """The process that connected, or that called listen(), as it was then."""
-
-    pid: int
-    """0: not in our pid namespace."""
-    uid: int
-    gid: int
-    groups: tuple[int, ...]
-    """Supplementary groups."""
-    start_time: int | None
-    """Clock ticks since boot; with `pid` it names the process for good. None: it has ended, or cannot be seen."""
-
-    @property
-    def user(self) -> str:
-        """``1000 (alice)``, or the number alone."""
-        return user_name(self.uid)
-
-    @property
-    def is_nobody(self) -> bool:
-        """A user of another user namespace that ours has no number for."""
-        return self.uid == _overflow("uid") or self.gid == _overflow("gid")
-
-
-def _overflow(what: str) -> int:
+@cache
+def _overflow_uid() -> int:
     try:
-        with open(f"/proc/sys/kernel/overflow{what}") as file:
+        with within_limits("reading /proc"), open("/proc/sys/kernel/overflowuid", "rb") as file:
             return int(file.read())
-    except OSError:
+    except FileNotFoundError:
         return 65534
 
 
-def identity_of(fd: int) -> Identity:
-    """Of the peer of a connected Unix socket."""
-    with _Borrowed(fd) as sock:
-        pid, uid, gid = struct.unpack("iII", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
-        return Identity(pid, uid, gid, _groups(sock), _start(sock, pid))
+class Identity(NamedTuple):
+    """Who called connect() (or listen(), seen from the client), as the kernel noted it at that moment.
 
+    `start_time` is in clock ticks since boot; None when the process has ended or is outside of our pid namespace: then
+    `pid` names nobody any more.
+    """
 
-class _Borrowed:
-    """A socket object over somebody else's descriptor."""
+    pid: int
+    uid: int
+    gid: int
+    groups: tuple[int, ...]
+    """The supplementary ones."""
+    start_time: int | None
 
-    def __init__(self, fd: int) -> None:
-        self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, fd)
-
-    def __enter__(self) -> socket.socket:
-        return self._sock
-
-    def __exit__(self, *exc: object) -> None:
-        self._sock.detach()
-
-
-def _groups(sock: socket.socket) -> tuple[int, ...]:
-    for room in (256, 4 * 65536):  # NGROUPS_MAX
+    @property
+    def user(self) -> str:
+        """The name; the number where it has none."""
         try:
-            raw = sock.getsockopt(socket.SOL_SOCKET, _SO_PEERGROUPS, room)
-        except OSError as error:
-            if error.errno == errno.ERANGE:
-                continue
-            return ()
-        return struct.unpack(f"{len(raw) // 4}I", raw[: len(raw) // 4 * 4])
-    return ()
+            return pwd.getpwuid(self.uid).pw_name
+        except KeyError:
+            return str(self.uid)
+
+    @property
+    def is_nobody(self) -> bool:
+        """The overflow uid stands for every user whom our user namespace cannot name: grant it nothing."""
+        return self.uid in (_overflow_uid(), _NO_ID)
 
 
-def _start(sock: socket.socket, pid: int) -> int | None:
-    """A pid that was used again in the meantime is not the peer's: its pidfd must still be alive after the look."""
+def identity_of(fd: int) -> Identity:
+    """Of the peer of a connected AF_UNIX socket; `PipeNotConnected` where the socket has none.
+
+    A pid that was used again is not taken for the peer: its `start_time` is None. Before Linux 6.5 the kernel gives a
+    mere number, and another process *of the same uid* that got it before this call cannot be told from the peer.
+    """
+    native = _accel.identity
+    try:
+        pid, uid, gid = struct.unpack("iII", native.peer_option(fd, _SO_PEERCRED, 12))
+        if uid == _NO_ID:
+            raise PipeNotConnected(f"descriptor {fd} has no peer", hint="give a connected Unix socket")
+        groups = native.peer_option(fd, _SO_PEERGROUPS)
+    except OSError as error:
+        if error.errno == errno.ENOTSOCK:
+            raise BadPipe(f"descriptor {fd} is no socket") from None
+        raise
+    return Identity(pid, uid, gid, struct.unpack(f"{len(groups) // 4}I", groups), _started(fd, pid, uid))
+
+
+def _started(fd: int, pid: int, uid: int) -> int | None:
+    """The start time of the peer, read while a pidfd shows that `pid` is not another process."""
     if pid <= 0:
         return None
     try:
-        fd = sock.getsockopt(socket.SOL_SOCKET, _SO_PEERPIDFD)
-    except OSError:
-        return _start_by_pid(pid)
+        with within_limits("a pidfd"):
+            (pidfd,) = struct.unpack("i", _accel.identity.peer_option(fd, _SO_PEERPIDFD, 4))
+    except OSError as error:
+        if error.errno == errno.ENOPROTOOPT:
+            return _started_by_pid(pid, uid)
+        if error.errno in (errno.ESRCH, errno.ENODATA, errno.EINVAL):  # ended; which of them depends on the kernel
+            return None
+        raise
     try:
-        with suppress(PortwayError, OSError):
-            started = start_time(pid)
-            _signal_nothing(fd)
-            return started
+        started = start_time(pid)
+        poll = select.poll()
+        poll.register(pidfd, select.POLLIN)
+        return None if poll.poll(0) else started
+    except ProcessNotFound:
         return None
     finally:
-        os.close(fd)
+        os.close(pidfd)
 
 
-def _signal_nothing(pidfd: int) -> None:
-    """ProcessLookupError when its process has ended."""
-    import signal
-
-    with suppress(PermissionError):
-        signal.pidfd_send_signal(pidfd, 0)
-
-
-def _start_by_pid(pid: int) -> int | None:
-    """Before Linux 6.5: read twice, around a pidfd. The peer may have ended before we came; then it is another's."""
-    with suppress(PortwayError, OSError):
-        first = start_time(pid)
-        fd = os.pidfd_open(pid)
-        try:
-            _signal_nothing(fd)
-            return first if start_time(pid) == first else None
-        finally:
-            os.close(fd)
-    return None
+def _started_by_pid(pid: int, uid: int) -> int | None:
+    """Before Linux 6.5, from the number alone."""
+    try:
+        before = start_time(pid)
+        with Pidfd(pid) as process:
+            owner, after = uid_of(pid), start_time(pid)
+            return after if process.alive and before == after and owner == uid else None
+    except ProcessNotFound:
+        return None
 
 
-@contextmanager
-def impersonate(identity: Identity) -> Iterator[Identity]:
-    """This thread acts as the client's user, with its group and groups (the *effective* ids), until the block is left.
+def impersonate(identity: Identity) -> AbstractContextManager[Identity]:
+    """``with impersonate(server.identity) as client:`` this thread, and no other, acts as the client.
 
-    Needs root (CAP_SETUID and CAP_SETGID); without, it is allowed only when the client is the user we are already, and
-    changes nothing. Refused: nobody (`Identity.is_nobody`), a thread that impersonates already, a thread that runs an
-    event loop (there `run_as` takes a thread of its own).
+    With CAP_SETUID and CAP_SETGID (root) the thread's effective uid and gid and its groups are the client's, and it has
+    no capabilities; at the end all is as before. Without, it works only for a client that is who we are, and changes
+    nothing. If the way back fails the process aborts. `AccessDenied` for a user who has no name here (`is_nobody`);
+    `NotSupported` inside another impersonation and on the thread of an event loop, where other tasks would act as the
+    client too: there use `run_as`.
 
-    What it is not. It is no sandbox: the thread may go back at any time, descriptors that are open stay open, memory,
-    umask and current folder are the process's, and os.access() asks for the real uid, which stays ours. Other threads
-    keep their identity, but a thread or process started inside keeps the client's for ever. Security labels, keyrings
-    and name spaces do not change. Inside, the process is not dumpable (no core, no ptrace by the user); that is put
-    back. If going back fails the process is aborted.
+    What it is not:
+
+    * A sandbox: code in the block can go back to what we are.
+    * A change of the real and saved uid: they stay ours, or the client could kill this process. So `os.access` needs
+      ``effective_ids=True``, signals may be sent to whom *we* may send them, and a program started inside has our real
+      uid and can be us again, as on Windows; to start one as the client give ``subprocess`` ``user``, ``group`` and
+      ``extra_groups``, outside of the block.
+    * A change of other threads: they stay as they were. But a thread *started* inside has the client's identity for
+      ever, and finalizers and callbacks that happen to run on this thread have it too. A generator must not yield
+      inside.
+    * A change of umask, working directory, open descriptors, keyrings, or labels of a security module. Of a client that
+      is root only the ids are taken, not the lack of capabilities it may have.
+
+    While any thread is inside, the process is not dumpable (no core file, no debugger of the same user); when the last
+    one leaves it is again if it was.
     """
-    if asyncio._get_running_loop() is not None:
-        raise AccessDenied(
-            "the thread of an event loop serves other tasks and cannot become the client",
-            hint="await run_as_client(function) of portway.aio's pipe",
-        )
-    if getattr(_acting, "now", None) is not None:
-        raise InvalidParameter(f"this thread acts as uid {_acting.now.uid} already", hint="leave that block first")
+    return cast(
+        "AbstractContextManager[Identity]",
+        _accel.identity.Impersonation(
+            identity.uid, identity.gid, tuple(identity.groups), identity, partial(_may_become, identity)
+        ),
+    )
+
+
+def _may_become(identity: Identity) -> bool:
+    """On the thread that enters. False: it is that user already, and has not the right to change."""
     if identity.is_nobody:
-        raise AccessDenied(f"the client is uid {identity.user}: a user that this namespace has no number for")
-    uids, gids, groups = _native.get()
-    mine = uids[1] == identity.uid and gids[1] == identity.gid and set(identity.groups) <= {*groups, gids[1]}
-    if mine and uids[1] != 0:
-        yield identity
-        return
-    dumpable = _native.dumpable()
-    try:
-        _native.set_groups(identity.groups)
-    except OSError as error:
         raise AccessDenied(
-            f"uid {user_name(uids[1])} cannot act as uid {identity.user}: it needs CAP_SETUID and CAP_SETGID",
-            hint="pipe.peer tells who the client is without becoming it",
-        ) from error
-    _acting.now = identity
-    try:
-        _become(identity)
-        yield identity
-    finally:
-        _go_back(uids, gids, groups, dumpable)
-        _acting.now = None
+            f"uid {identity.uid} stands for users unknown in this user namespace", hint="nobody can be impersonated"
+        )
+    if asyncio._get_running_loop() is not None:
+        raise NotSupported(
+            "impersonate() on the thread of an event loop: its other tasks would act as the client too",
+            hint="await run_as(identity, function)",
+        )
+    missing = _accel.identity.missing_capabilities()
+    if not missing:
+        return True
+    (_, uid, _), (_, gid, _), groups = _accel.identity.thread_identity()
+    ours, theirs = {gid, *groups}, {identity.gid, *identity.groups}
+    if uid == identity.uid and gid == identity.gid and ours == theirs:
+        return False
+    what = f"with groups {sorted(theirs)} instead of {sorted(ours)}" if uid == identity.uid else f"from uid {uid}"
+    raise AccessDenied(
+        f"to become uid {user_name(identity.uid)} {what} this process needs {' and '.join(missing)}",
+        hint="the identity tells who the client is without becoming it; decide by its uid",
+    )
 
 
-def _become(identity: Identity) -> None:
-    try:
-        # Only the effective ids: the saved are the way back, and with the client's real uid its user could kill us.
-        _native.set_gids(_KEEP, identity.gid, _KEEP)
-        _native.set_uids(_KEEP, identity.uid, _KEEP)
-    except OSError as error:
-        raise AccessDenied(f"cannot act as uid {identity.user}: {error.strerror}") from error
+async def run_as(identity: Identity, function: Callable[[*Ts], R], *args: *Ts) -> R:
+    """Calls ``function(*args)`` as the client, in a thread of its own, and gives back what it returns or raises.
 
-
-_KEEP = 0xFFFFFFFF
-
-
-def _go_back(uids: tuple[int, int, int], gids: tuple[int, int, int], groups: tuple[int, ...], dumpable: int) -> None:
-    try:
-        _native.set_uids(*uids)
-        _native.set_gids(*gids)
-        _native.set_groups(groups)
-        if _native.get() != (uids, gids, groups):
-            raise OSError(errno.EPERM, "the identity is not what it was")
-        if dumpable == 1:
-            _native.dumpable(1)
-    except BaseException as error:
-        print(f"portway: this thread cannot go back to uid {uids[1]}: {error}; aborting", file=sys.stderr, flush=True)
-        os.abort()
-
-
-async def run_as(identity: Identity, function: Callable[..., _T], *args: Any) -> _T:
-    """``function(*args)`` as that user, in a thread of its own that ends with it. See `impersonate`."""
+    When the caller is cancelled the function runs to its end all the same, unheard.
+    """
     loop = asyncio.get_running_loop()
-    done: asyncio.Future[_T] = loop.create_future()
+    done: asyncio.Future[tuple[R | None, BaseException | None]] = loop.create_future()
+    call = partial(contextvars.copy_context().run, function, *args)
+    name = f"portway run_as uid {identity.uid}"
+    threading.Thread(target=_work, args=(loop, done, identity, call), name=name).start()
+    value, error = await done
+    try:
+        if error is not None:
+            raise error
+        return cast(R, value)
+    finally:
+        del done, error  # the traceback of `error` refers to this frame
 
-    def settle(result: Any, error: BaseException | None) -> None:
-        if not done.done():
-            if error is None:
-                done.set_result(result)
-            else:
-                done.set_exception(error)
 
-    def work() -> None:
-        result: Any = None
-        wrong: BaseException | None = None
-        try:
-            with impersonate(identity):
-                result = function(*args)
-        except BaseException as error:
-            wrong = RuntimeError(f"{error!r} in a thread") if isinstance(error, StopIteration) else error
-        with suppress(RuntimeError):  # the loop has ended meanwhile
-            loop.call_soon_threadsafe(settle, result, wrong)
+def _work(
+    loop: asyncio.AbstractEventLoop,
+    done: asyncio.Future[tuple[R | None, BaseException | None]],
+    identity: Identity,
+    call: Callable[[], R],
+) -> None:
+    result, failed = None, None
+    try:
+        with impersonate(identity):
+            result = call()
+    except BaseException as error:
+        failed = error
+    with suppress(RuntimeError):  # the loop was closed meanwhile
+        loop.call_soon_threadsafe(_tell, done, result, failed)
+    result = failed = None  # the traceback of `failed` refers to this frame
 
-    threading.Thread(target=work, name=f"portway-as-{identity.uid}", daemon=True).start()
-    return await done
+
+def _tell(
+    done: asyncio.Future[tuple[R | None, BaseException | None]], result: R | None, failed: BaseException | None
+) -> None:
+    if not done.done():
+        done.set_result((result, failed))

@@ -15,7 +15,7 @@ from ..errors import AccessDenied, PortwayError
 from ..wire.pipe import Direction, Line, LineState
 from .device import Device, Place
 from .netinfo import look_at, unix_queue
-from .pipe_front import remove_stale, whose_front
+from .pipe_front import Seen, remove_stale, whose_front
 from .pipe_name import DOTNET_PREFIX, dotnet_folder, parse_pipe_name
 from .pipe_record import Record, open_record
 
@@ -58,7 +58,7 @@ class PipeInfo(NamedTuple):
     dotnet_path: str
     """Where .NET finds it; "" for none."""
     dotnet_state: str
-    """``ours``: .NET's path leads to this pipe; ``closed``: no instance listens; ``taken``: another program's server
+    """``ours``: .NET's path leads to this pipe; ``closed``: no instance is free; ``taken``: another program's server
     has the path; ``blocked``: a file is in the way; ``absent``; ``none``."""
     detail: tuple[InstanceInfo, ...]
 
@@ -132,12 +132,15 @@ def _front_state(record: Record) -> str:
     path = record.header.front
     if not path:
         return "none"
-    seen = look_at(path)
-    if seen.state == "live":
-        return "ours" if whose_front(record, seen.identity) is not None else "taken"
-    if seen.state == "dead":
-        return "closed" if seen.uid == record.place.uid else "blocked"
-    return {"absent": "absent", "denied": "taken"}.get(seen.state, "blocked")
+    try:
+        with Seen(path) as seen:
+            if seen.state == "live":
+                return "ours" if whose_front(record, seen.identity) is not None else "taken"
+            if seen.state == "dead":
+                return "closed" if seen.uid == record.place.uid else "blocked"
+            return {"absent": "absent", "denied": "taken"}.get(seen.state, "blocked")
+    except (PortwayError, OSError):
+        return "none"
 
 
 def _at_dotnets_paths(known: set[str], places: list[Place]) -> Iterator[PipeInfo]:

@@ -52,7 +52,12 @@ class PipeName(NamedTuple):
             return None
         else:
             path = os.path.join(dotnet_folder(), DOTNET_PREFIX + self.text)
-        return path if len(path.encode()) <= MAX_SOCKET_PATH else None
+            if not os.path.isabs(path):
+                path = os.path.abspath(path)
+        try:
+            return path if len(path.encode()) <= MAX_SOCKET_PATH else None
+        except UnicodeEncodeError:  # a TMPDIR that is no UTF-8, which .NET cannot say either
+            return None
 
 
 def dotnet_folder() -> str:

@@ -16,12 +16,12 @@ from typing import NamedTuple, Protocol
 from ..deadline import Deadline
 from ..errors import AccessDenied, AmbiguousName, BadPipe, ObjectCorrupt, PipeBusy, PipeNotFound
 from ..wire.pipe import DISCONNECTED_AT, Header, Line, line_at
-from .device import Device
+from .device import Device, Place
 from .netinfo import look_at, unix_queue
 from .pipe_name import DOTNET_PREFIX, PipeName, dotnet_folder, fold, parse_pipe_name
 from .pipe_record import Record, find
 from .pipe_waiting import Crowd
-from .process import peer_of, user_name, within_limits
+from .process import overflow_uid, peer_of, user_name, within_limits
 
 __all__ = ["Claim", "Search"]
 
@@ -52,11 +52,15 @@ class Search:
     def __init__(self, name: str, access: int | None, server_uid: int | None, root: str | None) -> None:
         self.name: PipeName = parse_pipe_name(name)
         self.access, self.server_uid = access, server_uid
+        if server_uid is not None and server_uid == overflow_uid():
+            raise AccessDenied(f"server_uid={server_uid} is nobody: whoever has no number here", hint="name another")
         self.device = Device("pipe", root)
         self.crowd: Crowd | None = None
         """Set while the pipe is there and has no free instance."""
         self.turn: Turn | None = None
         self._wrong: Exception | None = None
+        self.patient = False
+        """Waiting for the name: another user's closed or broken pipe is no reason to give up."""
         self._seen, self._looked = 0, 0.0
         self._wait = _FIRST_PAUSE
         self.default_wait_ms = 50
@@ -144,10 +148,12 @@ class Search:
             try:
                 record = find(place, self.name)
             except AccessDenied as error:
-                self._wrong = self._wrong or self._denied(place.uid, error)
+                if not self._waits(place):
+                    self._wrong = self._wrong or self._denied(place.uid, error)
                 continue
             except (ObjectCorrupt, OSError) as error:
-                self._wrong = self._wrong or error
+                if not self._waits(place):
+                    self._wrong = self._wrong or error
                 continue
             if record is None:
                 continue
@@ -156,6 +162,9 @@ class Search:
                 return record
             record.close()
         return None
+
+    def _waits(self, place: Place) -> bool:
+        return self.patient and self.server_uid is None and place.uid != os.geteuid()
 
     def _denied(self, uid: int, error: AccessDenied) -> AccessDenied:
         if uid == os.geteuid():
@@ -198,7 +207,8 @@ class Search:
     def _claim_dotnet(self) -> Claim:
         path = self._dotnet_path()
         self._check_uid(path, look_at(path).uid)  # before anybody has a client that is not his
-        sock = _connected(socket.SOCK_STREAM, path, self.name)
+        busy = PipeBusy(f"{path} has as many clients as may wait there")
+        sock = _connected(socket.SOCK_STREAM, path, self.name, busy)
         if sock is None:
             raise PipeNotFound(f"the pipe {self.name} has gone this moment: {path}")
         try:
@@ -214,7 +224,10 @@ class Search:
 
     def _dotnet_path(self) -> str:
         exact = self.name.dotnet_path
-        if exact and look_at(exact).state in ("live", "denied"):
+        if exact and (seen := look_at(exact)).state in ("live", "denied"):
+            if self.server_uid is not None and seen.uid not in (self.server_uid, -1):
+                owner, wanted = user_name(seen.uid), user_name(self.server_uid)
+                raise AccessDenied(f"{exact} belongs to uid {owner}, not {wanted}")
             return exact
         others = [] if self.name.rooted else _same_but_for_case(self.name)
         if len(others) > 1:
@@ -274,8 +287,8 @@ class Search:
         return wait if left is None else min(wait, left)
 
 
-def _connected(kind: int, path: str, name: PipeName) -> socket.socket | None:
-    """None: it does not listen, or has its client. Never waits."""
+def _connected(kind: int, path: str, name: PipeName, busy: PipeBusy | None = None) -> socket.socket | None:
+    """None: it does not listen, or has its client (`busy`, if given). Never waits."""
     with within_limits(f"the pipe {name}"):
         sock = socket.socket(socket.AF_UNIX, kind | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
     wrong = sock.connect_ex(path)
@@ -283,6 +296,8 @@ def _connected(kind: int, path: str, name: PipeName) -> socket.socket | None:
         sock.setblocking(True)
         return sock
     sock.close()
+    if wrong == errno.EAGAIN and busy is not None:
+        raise busy
     if wrong in (errno.EAGAIN, errno.ECONNREFUSED, errno.ENOENT):
         return None
     if wrong in (errno.EACCES, errno.EPERM):

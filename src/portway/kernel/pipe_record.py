@@ -23,6 +23,7 @@ import stat
 import threading
 import time
 import weakref
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, NamedTuple, Self
@@ -30,8 +31,9 @@ from typing import TYPE_CHECKING, NamedTuple, Self
 from .._accel import wake as _native
 from ..errors import AccessDenied, ObjectClosed, ObjectCorrupt, PipeBusy
 from ..wire import pipe as wire
-from ..wire.pipe import Header, Line
+from ..wire.pipe import Header, Line, LineState
 from .device import Device, Place
+from .netinfo import unix_queue
 from .objectfile import full
 from .ofdlock import all_locked, gate, locked_from, try_lock, unlock
 from .pipe_name import MAX_SOCKET_PATH, PipeName
@@ -166,6 +168,24 @@ class Record:
                 self.slots.discard(slot)
                 unlock(self.fd, SLOTS + slot)
 
+    def ask(self) -> None:
+        """Of the others: one of the instances that only wait for clients. They look every half second."""
+        os.pwrite(self.fd, (_now_ms() or 1).to_bytes(4, "little"), wire.ASKED_AT)
+
+    def asked(self) -> bool:
+        """Whether a server asked in the last two seconds."""
+        at = int.from_bytes(os.pread(self.fd, 4, wire.ASKED_AT), "little")
+        return at != 0 and (_now_ms() - at) & 0xFFFFFFFF < 2000
+
+    def surplus(self) -> bool:
+        """Whether a server has more than one instance that waits for its client."""
+        held = self.held()
+        waiting = Counter(
+            line.server for slot, line in self.lines()
+            if slot in held and line.state is LineState.LISTENING and not unix_queue(line.inode)
+        )  # fmt: skip
+        return any(count > 1 for count in waiting.values())
+
     def share_slot(self, slot: int) -> int:
         """Another descriptor that holds the slot by itself, for another process or for longer; the caller closes it."""
         with self.lock:
@@ -274,6 +294,10 @@ class Record:
         self.close()
 
 
+def _now_ms() -> int:
+    return time.monotonic_ns() // 1_000_000 & 0xFFFFFFFF
+
+
 def _after_fork() -> None:
     for record in list(_live):
         record.forget()
@@ -334,6 +358,7 @@ def make(device: Device, name: PipeName, header: Header, shared: bool) -> Record
     try:
         with suppress(FileExistsError):
             os.mkdir(folder, 0o700)  # in a folder that is ours alone; see below for who else may enter
+            os.chmod(folder, 0o700)  # the umask may have taken our own rights
         folder_fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     except FileNotFoundError:
         return None

@@ -53,8 +53,8 @@ class NamedPipeConnection(PipeEnd):
         """DisconnectNamedPipe: ends the conversation at once. What either side has not read is lost; the client's
         calls give `PipeNotConnected`. `flush` first to be sure that it has read all. Closes this end, too."""
         with self._server.lock:
-            if self.closed:
-                raise ObjectClosed(f"{self!r} is closed")
+            if self.closed or self._server.record.closed:
+                raise ObjectClosed(f"{self!r} is closed, or the parent of this process has it")
             self._close_shared()
             self._instance.disconnect()
             self.disconnect_here()
@@ -251,7 +251,7 @@ class NamedPipeServer:
 
     @property
     def dotnet_state(self) -> str:
-        """``ours``, ``another`` (server of this pipe has the path), ``closed`` (no instance listens: .NET waits),
+        """``ours``, ``another`` (server of this pipe has the path), ``closed`` (no instance is free: .NET waits),
         ``taken`` (another program's server has it), ``blocked`` (a file is in the way), ``none``."""
         return self.serving.front.state if self.serving.front else "none"
 

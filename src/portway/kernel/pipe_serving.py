@@ -11,12 +11,14 @@ import os
 import select
 import socket
 import threading
+import time
 import warnings
 import weakref
 from collections import deque
 from contextlib import suppress
 from dataclasses import dataclass, field
 
+from ..deadline import Deadline
 from ..errors import AccessDenied, ObjectClosed, OperationTimeout, PipeBusy, PortwayError
 from ..wire.pipe import Direction, Flag, Header
 from . import reaper
@@ -32,6 +34,7 @@ from .security import Security
 __all__ = ["Options", "PipeNameTaken", "Serving"]
 
 BACKLOG = 4
+_PATIENCE = 1.5  # seconds that a new server waits for the others to spare an instance
 _LOOK = 0.5  # seconds between looks at .NET's path
 _ALWAYS = 3600.0
 _live: weakref.WeakSet[Serving] = weakref.WeakSet()
@@ -74,7 +77,7 @@ class Serving:
     def __init__(self, name: str, options: Options) -> None:
         self.name, self.options, self.who = parse_pipe_name(name), options, who()
         self.lock = threading.RLock()
-        self.closed = self.taken = self._warned = False
+        self.closed = self.taken = self._warned = self._news = False
         self.listening: list[Instance] = []
         self.used: set[Instance] = set()
         self._ready: deque[tuple[Instance, socket.socket]] = deque()
@@ -82,6 +85,9 @@ class Serving:
         self._bell, self._waiters, self._woken = -1, 0, False
         self._door = object()  # the reaper's key for the front
         self._door_open = False
+        self._claims: select.epoll | None = None  # tells once of each listener that it has its client
+        self._claims_watched = self._no_slot = False
+        self._shown: bool | None = None  # what the front was last told: whether an instance is free
         self.front: Front | None = None
         with within_limits("a pipe's server"):
             self.record, slot = self._join()
@@ -91,9 +97,12 @@ class Serving:
                 self._epoll.register(self._bell, select.EPOLLIN)
                 with self.record.gate():
                     self.front = Front(self.record, self.who.number, options.security)
+                if self.front.path and not self.record.header.message:
+                    self._claims = select.epoll()
                 self._listen(Instance(self.record, slot, self.who, options.security))
                 self.top_up()
                 self._settle()
+                self._show()
                 reaper.watch(self, None, _LOOK, self._look)
             except BaseException:
                 self.close()
@@ -104,6 +113,8 @@ class Serving:
 
     def _join(self) -> tuple[Record, int]:
         device = Device("pipe", self.options.root)
+        self._asked = False
+        deadline = Deadline(_PATIENCE)
         for _ in range(1000):
             record = find(device.own(), self.name, write=True)
             if record is None:
@@ -113,17 +124,19 @@ class Serving:
                     return made, 0
                 continue
             try:
-                slot = self._join_existing(record)
+                slot = self._join_existing(record, deadline)
             except BaseException:
                 record.close()
                 raise
             if slot is not None:
                 return record, slot
             record.close()
+            if self._asked:
+                time.sleep(0.005)
         raise OperationTimeout(f"the pipe {self.name}: others make and remove it all the time")
 
-    def _join_existing(self, record: Record) -> int | None:
-        """None: try again, since it had no server left, or has just gone."""
+    def _join_existing(self, record: Record, deadline: Deadline) -> int | None:
+        """None: try again, since it had no server left, or has just gone, or others were asked for an instance."""
         with record.gate():
             if os.fstat(record.fd).st_nlink == 0:
                 return None
@@ -139,6 +152,10 @@ class Serving:
                 raise AccessDenied(f"the pipe {self.name} is {theirs}, this server wants {ours}")
             record.join()
             slot = record.take_slot()
+            if slot is None and not deadline.expired and record.surplus():
+                self._asked = True
+                record.ask()
+                return None
             if slot is None:
                 raise PipeBusy(
                     f"all {header.max_instances} instances of the pipe {self.name} are in use",
@@ -155,9 +172,13 @@ class Serving:
                 other = user_name(place.uid)
                 raise AccessDenied(f"uid {other} serves the pipe {self.name}", hint="take another name")
         path = self.name.dotnet_path
-        if path and look_at(path).state in ("live", "denied"):
+        seen = look_at(path) if path else None
+        if path and seen and seen.state in ("live", "denied"):
+            # whether another user's socket lives is not told to who may not connect
+            may = "may be served by another program" + (f" of uid {user_name(seen.uid)}" if seen.uid >= 0 else "")
             raise AccessDenied(
-                f"the pipe {self.name} is served by another program: {path}{_server_of(path)}",
+                f"the pipe {self.name} {'is served by another program' if seen.state == 'live' else may}: "
+                f"{path}{_server_of(path)}",
                 hint="end it, or take another name",
             )
 
@@ -187,7 +208,9 @@ class Serving:
         return min(most, self.options.instances or most)
 
     def _wanted(self) -> int:
-        """How many instances should listen: few of a small maximum, since other servers may want some."""
+        """How many instances should listen; one while another server of the name looks for an instance."""
+        if self.record.asked():
+            return 1
         return max(1, min(self.options.backlog, self._limit()))
 
     def top_up(self) -> None:
@@ -197,9 +220,21 @@ class Serving:
                 if len(self.listening) + len(self.used) >= self._limit():
                     return
                 slot = self.record.take_slot()
+                self._no_slot = slot is None
                 if slot is None:
                     return
                 self._listen(Instance(self.record, slot, self.who, self.options.security))
+
+    def _spare(self) -> None:
+        """Gives up instances that only wait for clients, when another server asks."""
+        while len(self.listening) > self._wanted() and self.record.asked():
+            instance = self.listening[-1]
+            sock = self._take(instance)
+            if sock is None:
+                instance.release()
+            else:
+                self._connected(instance, sock)
+                self._ring()
 
     def _listen(self, instance: Instance) -> None:
         try:
@@ -246,10 +281,10 @@ class Serving:
                 return
             self.used.discard(instance)
             if not self.closed and len(self.listening) < self._wanted():
-                before = len(self.listening)
                 self._listen(instance)
-                if not before:
-                    self._settle()
+                if not self._shown:  # who waits at the door comes before who sees it open
+                    self._knock()
+                self._show()
             else:
                 instance.release()
             if self.closed and not self.used:
@@ -271,7 +306,7 @@ class Serving:
             self._refuse(instance)
             instance.connected_none()
             self.used.add(instance)
-            self._settle()
+            self._show()
             return instance
 
     def listen_again(self, instance: Instance) -> None:
@@ -280,7 +315,8 @@ class Serving:
             self._require()
             self.used.discard(instance)
             self._listen(instance)
-            self._settle()
+            self._knock()
+            self._show()
 
     # -- clients -------------------------------------------------------------------------------------------------------
 
@@ -346,8 +382,7 @@ class Serving:
         self._ready.append((instance, sock))
         with suppress(OSError, PortwayError):  # no descriptor, no room: at the next look
             self.top_up()
-        if not self.listening:
-            self._settle()
+        self._show()
 
     def _ring(self) -> None:
         os.eventfd_write(self._bell, 1)
@@ -377,63 +412,128 @@ class Serving:
 
     def _watch_door(self) -> None:
         front = self.front
-        if front is not None and front.socket is not None and not self.record.header.message and not self._door_open:
+        if self._claims is None or front is None or front.socket is None:
+            return
+        listener = self.listening[-1].listener
+        if listener is not None:
+            with suppress(FileExistsError):  # goes from the set when it is closed
+                self._claims.register(listener.fileno(), select.EPOLLIN | select.EPOLLET)
+        if not self._door_open:
             self._door_open = True
             reaper.watch(self._door, front.socket.fileno(), _ALWAYS, self._knock)
 
     def _knock(self) -> float | None:
         """In the reaper's thread: somebody who knows only .NET's path. One instance is taken from the others' door."""
         with self.lock:
-            front = self.front
-            while not self.closed and self.listening and front is not None and front.socket is not None:
-                instance = self.listening[-1]
-                faster = self._take(instance)
-                if faster is not None:
-                    self._connected(instance, faster)
-                    self._ring()
-                    continue
-                try:
-                    fd, _ = front.socket._accept()  # type: ignore[attr-defined]
-                except OSError:
-                    self._listen(instance)
-                    return _ALWAYS
-                sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, fd)
-                if self._stranger(sock):
-                    sock.close()
-                    self._listen(instance)
-                    continue
-                self._connected(instance, sock)
-                self._ring()
+            try:
+                while not self.closed and self.listening and self.front is not None and self.front.socket is not None:
+                    if not self._let_in(self.front.socket):
+                        return _ALWAYS
+            except (OSError, PortwayError):  # no descriptor, no room: at the next look
+                pass
             self._door_open = False
             return None
 
-    def _settle(self) -> None:
-        """.NET's path shows whether an instance listens."""
-        if self.front is None or not self.front.path or self.record.closed:
+    def _let_in(self, door: socket.socket) -> bool:
+        """Serves whoever is first: a client in the newest instance, else one at the door. False: nobody is there."""
+        knocks = select.poll()
+        knocks.register(door, select.POLLIN)
+        if not knocks.poll(0):
+            return False
+        instance = self.listening[-1]
+        faster = self._take(instance)
+        if faster is None:
+            try:
+                fd, _ = door._accept()  # type: ignore[attr-defined]
+            except BlockingIOError:
+                self._listen(instance)
+                return False
+            except OSError:
+                self._listen(instance)
+                raise
+            faster = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, fd)
+        if self._stranger(faster):
+            faster.close()
+            self._listen(instance)
+        else:
+            self._connected(instance, faster)
+            self._ring()
+        return True
+
+    def _free(self) -> bool:
+        """Whether a client could be served: an instance listens that nobody has claimed, or may at once."""
+        if not self.listening:
+            return False
+        return not self._all_exist() or len(self._clients()) < len(self.listening)
+
+    def _all_exist(self) -> bool:
+        return self._no_slot or len(self.listening) + len(self.used) >= self._limit()
+
+    def _show(self) -> None:
+        """After a change: .NET's path tells it."""
+        if self._claims is None:
             return
+        if not self._claims_watched and self.listening and self._all_exist():
+            self._claims_watched = True
+            reaper.watch(self._claims, self._claims.fileno(), _ALWAYS, self._claimed)
+        if self._free() is not self._shown:
+            self._settle()
+
+    def _claimed(self) -> float | None:
+        """In the reaper's thread: a client has claimed an instance. The last free one may be gone, accepted or not."""
+        with self.lock:
+            if self._claims is None or self.closed or not self._all_exist():
+                self._claims_watched = False
+                return None
+            self._claims.poll(0)
+            self._show()
+            return _ALWAYS
+
+    def _settle(self) -> None:
+        """.NET's path shows whether an instance is free. What cannot be done now is done at the next look."""
+        front = self.front
+        if front is None or self.record.closed:
+            return
+        free, door = self._free(), front.socket
         try:
             with self.record.gate(patience=0.2):
-                self.front.settle(bool(self.listening))
-        except OperationTimeout:
-            return  # at the next look
-        self.taken = self.front.state in ("taken", "blocked")
+                front.settle(free)
+            self._shown = free
+            if front.socket is not door:
+                reaper.forget(self._door)
+                self._door_open = False
+                if self.listening:
+                    self._watch_door()
+        except (PortwayError, OSError):
+            self._shown = None
+        self.taken = front.state in ("taken", "blocked")
 
     def _look(self) -> float | None:
         with self.lock:
             if self.closed:
                 return None
             with suppress(OSError, PortwayError):  # for want of a descriptor or room: at the next look
+                self._spare()
                 self.top_up()  # another server may have given a slot back
+                if self.listening and not self._door_open:
+                    self._watch_door()
                 self._settle()
+                self._show()
+            if self.taken and not self._warned and not self._news:
+                self._news = True
+                self._ring()  # for accept() to warn
             return _LOOK
 
     def _warn(self) -> None:
-        if self.taken and not self._warned:
+        if self._news:
+            self._news = False
+            self._set_bell()
+        if self.taken and not self._warned and self.front is not None:
             self._warned = True
-            path = self.record.header.front
+            path = self.front.path
             warnings.warn(
-                f"{path} is {'in the way' if self.front and self.front.state == 'blocked' else 'another server now'}"
-                f"{_server_of(path)}: .NET's clients do not reach the pipe {self.name}, portway's do",
+                f"{self.front.why or f'{path} is another server now{_server_of(path)}'}: .NET's clients do not reach "
+                f"the pipe {self.name}, portway's do",
                 PipeNameTaken, stacklevel=4,
             )  # fmt: skip
 
@@ -447,6 +547,10 @@ class Serving:
             self.closed = True
             reaper.forget(self)
             reaper.forget(self._door)
+            if self._claims is not None:
+                reaper.forget(self._claims)
+                self._claims.close()
+                self._claims = None
             for instance in list(self.listening):
                 self._refuse(instance)
                 instance.release()
@@ -462,6 +566,8 @@ class Serving:
                 self._leave()
             else:
                 self._settle()
+                if self.front is not None and not self.record.header.message:
+                    self.front.stop()
         _live.discard(self)
 
     def _close_bell(self) -> None:
@@ -484,6 +590,8 @@ class Serving:
             sock.close()
         self._waiters = 0
         self._close_bell()
+        if self._claims is not None:
+            self._claims.close()
         if self.front is not None:
             self.front.forget()
 
@@ -501,10 +609,10 @@ def _serves(place: Place, name: PipeName) -> bool:
 
 
 def _server_of(path: str) -> str:
-    """" (pid 12, dotnet)", as far as /proc tells."""
-    import psutil
-
+    """ " (pid 12, dotnet)", as far as /proc tells."""
     with suppress(Exception):
+        import psutil
+
         for one in psutil.net_connections("unix"):
             if str(one.laddr) == path and one.pid:
                 return f" (pid {one.pid}, {psutil.Process(one.pid).name()})"

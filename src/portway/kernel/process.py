@@ -19,7 +19,7 @@ from .._accel import handoff as _native
 from ..errors import AccessDenied, NotSupported, ProcessNotFound, TooManyDescriptors
 from ..lifecycle import Handle
 
-__all__ = ["Peer", "Pidfd", "peer_of", "start_time", "take_descriptor", "uid_of", "uids", "user_name",
+__all__ = ["Peer", "Pidfd", "overflow_uid", "peer_of", "start_time", "take_descriptor", "uid_of", "uids", "user_name",
            "within_limits"]  # fmt: skip
 
 
@@ -46,6 +46,15 @@ class Peer(NamedTuple):
 def peer_of(sock: socket.socket) -> Peer:
     """Who connected, or called listen() or socketpair(); pid 0 when that process is not in our pid namespace."""
     return Peer(*struct.unpack("iII", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)))
+
+
+def overflow_uid() -> int:
+    """The number of users of other user namespaces that ours has none for: nobody, who is never who is meant."""
+    try:
+        with open("/proc/sys/kernel/overflowuid") as file:
+            return int(file.read())
+    except OSError:
+        return 65534
 
 
 def start_time(pid: int) -> int:

@@ -13,7 +13,7 @@ A record is one header page and 255 lines of 128 bytes, one for each instance. H
     0x028   8  random number of the record
     0x030   4  length of the name        0x034  4  length of the front's path (.NET's name for the pipe), 0: none
     0x038   4  wake word: changes whenever an instance begins to listen
-    0x03c   4  reserved
+    0x03c   4  when a server last asked the others for an instance, milliseconds on the monotonic clock, 0: never
     0x100      the name as given, UTF-8, at most 1,024 bytes
     0x500      the front's path, UTF-8, at most 107 bytes
 
@@ -47,9 +47,10 @@ from typing import NamedTuple
 from ..errors import ObjectCorrupt
 
 __all__ = [
-    "DISCONNECTED_AT", "HEADER_SIZE", "LINE_SIZE", "MAX_INSTANCES", "MAX_PACKET", "RECORD_SIZE", "WAKE_AT", "Direction",
-    "Flag", "Header", "Line", "LineState", "PacketKind", "line_at", "line_slot", "pack_header", "pack_line",
-    "pack_packet_head", "packets", "unpack_header", "unpack_lines", "unpack_listening", "unpack_packet_head",
+    "ASKED_AT", "DISCONNECTED_AT", "HEADER_SIZE", "LINE_SIZE", "MAX_INSTANCES", "MAX_PACKET", "RECORD_SIZE", "WAKE_AT",
+    "Direction", "Flag", "Header", "Line", "LineState", "PacketKind", "line_at", "line_slot", "pack_header",
+    "pack_line", "pack_packet_head", "packets", "unpack_header", "unpack_lines", "unpack_listening",
+    "unpack_packet_head",
 ]  # fmt: skip
 
 MAGIC = b"PWPIPE\0\0"
@@ -59,6 +60,7 @@ LINE_SIZE = 128
 MAX_INSTANCES = 255
 RECORD_SIZE = HEADER_SIZE + MAX_INSTANCES * LINE_SIZE
 WAKE_AT = 0x38
+ASKED_AT = 0x3C
 DISCONNECTED_AT = 96
 """Within a line."""
 NAME_AT, MAX_NAME = 0x100, 1024
