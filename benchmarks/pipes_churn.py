@@ -11,7 +11,7 @@ wedged            conversations without their own answer for 10 s. Tried again o
 leaked            when all clients have gone and the pipes were listed once: instances, descriptors and files beyond
                   those of idle servers, descriptors of clients, and, when all servers were killed and the pipes listed
                   once more, files
-worst_ms          the longest conversation, waiting for an instance included
+worst_ms          the longest conversation, waiting for an instance included; worst_threads_ms, worst_tasks_ms apart
 killed, killed_clients   servers, and processes of clients
 """
 
@@ -62,6 +62,11 @@ class Board:
 
     def client(self, process: int, number: int) -> int:
         return 1 + 2 * self.processes + CELLS * (process * self.clients + number)
+
+    def worst(self, kind: int) -> list[int]:
+        """Nanoseconds of each client in processes with threads (0) or tasks (1)."""
+        mine = range(kind, self.processes, 2)
+        return [self.cells[self.client(process, number) + WORST] for process in mine for number in range(self.clients)]
 
     def all(self, cell: int) -> Iterator[int]:
         for at in range(1 + 2 * self.processes, len(self.cells), CELLS):
@@ -266,10 +271,10 @@ def run(options: Options, figures: Figures) -> None:
             with suppress(OSError):
                 _kill(pid)
     leaked += _left_behind()
-    worst = max([*board.all(WORST), 0]) / 1e6
+    threads, tasks = (max(board.worst(kind)) / 1e6 for kind in (0, 1))
     for metric, value in (
-        ("connections", sum(board.all(SERVED))), ("wedged", wedged), ("leaked", leaked), ("worst_ms", worst),
-        *counts.items(),
+        ("connections", sum(board.all(SERVED))), ("wedged", wedged), ("leaked", leaked),
+        ("worst_ms", max(threads, tasks)), ("worst_threads_ms", threads), ("worst_tasks_ms", tasks), *counts.items(),
     ):  # fmt: skip
         figures.add("pipe.churn", "portway", metric, value)
 

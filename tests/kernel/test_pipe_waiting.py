@@ -44,10 +44,10 @@ def ask(number: int) -> bytes:
 
 def test_many_threads_wait_with_two_descriptors_and_all_come_in() -> None:
     server, pipe, client = busy()
-    before = descriptors()
+    before = len(descriptors())
     waiting = [in_thread(lambda number=number: ask(number)) for number in range(MANY)]
     patiently(lambda: in_line() == MANY)
-    assert descriptors() - before <= 4  # the line's record, and what one who is looking opens for a moment
+    assert len(descriptors()) - before <= 4  # the line's record, and what one who is looking opens for a moment
     client.close()
     pipe.close()
     serve = in_thread(lambda: echo(server, MANY))
@@ -57,27 +57,31 @@ def test_many_threads_wait_with_two_descriptors_and_all_come_in() -> None:
     assert not pipe_waiting._crowds
 
 
-async def test_many_tasks_wait_with_two_descriptors_and_come_in_in_their_order() -> None:
-    server, pipe, client = busy()
-    before, came = descriptors(), []
+def test_many_tasks_wait_with_two_descriptors_and_come_in_in_their_order() -> None:
+    async def main() -> None:
+        server, pipe, client = busy()
+        before = len(descriptors())
+        came: list[int] = []
 
-    async def one(number: int) -> None:
-        async with aio.NamedPipeClient("p", timeout=20, call_timeout=20) as end:
-            came.append(number)
-            await end.send(b"x")
-            await end.receive()
+        async def one(number: int) -> None:
+            async with aio.NamedPipeClient("p", timeout=20, call_timeout=20) as end:
+                came.append(number)
+                await end.send(b"x")
+                await end.receive()
 
-    tasks = [asyncio.create_task(one(number)) for number in range(MANY)]
-    while in_line() < MANY:
-        await asyncio.sleep(0)
-    assert descriptors() - before <= 4
-    client.close()
-    pipe.close()
-    serve = in_thread(lambda: echo(server, MANY))
-    await asyncio.gather(*tasks)
-    await asyncio.to_thread(serve)
-    server.close()
-    assert came == list(range(MANY))
+        tasks = [asyncio.create_task(one(number)) for number in range(MANY)]
+        while in_line() < MANY:
+            await asyncio.sleep(0)
+        assert len(descriptors()) - before <= 4
+        client.close()
+        pipe.close()
+        serve = in_thread(lambda: echo(server, MANY))
+        await asyncio.gather(*tasks)
+        await asyncio.to_thread(serve)
+        server.close()
+        assert came == list(range(MANY))
+
+    asyncio.run(main())
 
 
 def test_whoever_gives_up_lets_the_next_one_look() -> None:
@@ -97,23 +101,26 @@ def test_whoever_gives_up_lets_the_next_one_look() -> None:
     server.close()
 
 
-async def test_a_cancelled_task_leaves_the_line() -> None:
-    server, pipe, client = busy()
-    tasks = [asyncio.create_task(aio.NamedPipeClient.open("p", timeout=20)) for _ in range(3)]
-    while in_line() < 3:
-        await asyncio.sleep(0)
-    for task in tasks[:2]:  # the one whose turn it is, and one who waits for it
-        task.cancel()
-    await asyncio.gather(*tasks[:2], return_exceptions=True)
-    assert in_line() == 1
-    client.close()
-    pipe.close()
-    end, other = await tasks[2], server.accept(5)
-    await end.send(b"x")
-    assert other.receive(timeout=5) == b"x"
-    await end.aclose()
-    other.close()
-    server.close()
+def test_a_cancelled_task_leaves_the_line() -> None:
+    async def main() -> None:
+        server, pipe, client = busy()
+        tasks = [asyncio.create_task(aio.NamedPipeClient.open("p", timeout=20)) for _ in range(3)]
+        while in_line() < 3:
+            await asyncio.sleep(0)
+        for task in tasks[:2]:  # the one whose turn it is, and one who waits for it
+            task.cancel()
+        await asyncio.gather(*tasks[:2], return_exceptions=True)
+        assert in_line() == 1
+        client.close()
+        pipe.close()
+        end, other = await tasks[2], server.accept(5)
+        await end.send(b"x")
+        assert other.receive(timeout=5) == b"x"
+        await end.aclose()
+        other.close()
+        server.close()
+
+    asyncio.run(main())
 
 
 def test_the_line_ends_with_its_server() -> None:
@@ -170,4 +177,29 @@ def test_wait_pipe_in_line_takes_nothing_from_those_behind_it() -> None:
     echo(server, 1)
     first()
     assert second() == b"2"
+    server.close()
+
+
+def test_threads_come_in_in_their_order() -> None:
+    server, pipe, client = busy()
+    came: list[int] = []
+
+    def one(number: int) -> None:
+        with NamedPipeClient("p", timeout=20) as end:
+            came.append(number)
+            end.send(b"x")
+            end.receive(timeout=20)
+
+    waiting = []
+    for number in range(MANY):
+        waiting.append(in_thread(lambda number=number: one(number)))
+        patiently(lambda number=number: in_line() == number + 1)
+        crowd = next(iter(pipe_waiting._crowds.values()))
+        patiently(lambda number=number, crowd=crowd: len(crowd.turn._waiting) == number)
+    client.close()
+    pipe.close()
+    echo(server, MANY)
+    for join in waiting:
+        join()
+    assert came == list(range(MANY))
     server.close()

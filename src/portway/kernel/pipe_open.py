@@ -9,7 +9,6 @@ from __future__ import annotations
 import errno
 import os
 import socket
-import threading
 import time
 from contextlib import suppress
 from typing import NamedTuple, Protocol
@@ -27,7 +26,7 @@ from .process import overflow_uid, peer_of, user_name, within_limits
 __all__ = ["Claim", "Search"]
 
 _SLICE = 0.1
-_FIRST_PAUSE, _LAST_PAUSE = 0.001, 0.025
+_FIRST_PAUSE, _NEWS_PAUSE, _LAST_PAUSE = 0.001, 0.004, 0.025
 
 
 class Turn(Protocol):
@@ -256,7 +255,7 @@ class Search:
             time.sleep(self.next_pause(left))
         elif self.turn is not None:
             crowd.record.word.wait(self._seen, _SLICE if left is None else min(left, _SLICE))
-        elif crowd.turn.acquire(timeout=-1 if left is None else min(left, threading.TIMEOUT_MAX)):
+        elif crowd.turn.acquire(left):
             self.turn = crowd.turn
 
     async def pause_task(self, deadline: Deadline) -> None:
@@ -267,7 +266,10 @@ class Search:
         if crowd is None or self.turn is not None:
             while True:
                 await asyncio.sleep(self.next_pause(deadline.remaining()))
-                if crowd is None or deadline.expired or self._news(crowd.record):
+                if crowd is None or deadline.expired:
+                    return
+                if self._news(crowd.record):
+                    self._wait = min(self._wait, _NEWS_PAUSE)  # there will be more
                     return
         with suppress(TimeoutError):
             turn = crowd.turn_of_tasks()

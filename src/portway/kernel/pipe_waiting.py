@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import threading
 import weakref
+from collections import deque
 from typing import TYPE_CHECKING
 
 from .pipe_record import Record
@@ -17,10 +18,52 @@ from .pipe_record import Record
 if TYPE_CHECKING:
     import asyncio
 
-__all__ = ["Crowd"]
+__all__ = ["Crowd", "Line"]
 
 _crowds: dict[str, Crowd] = {}
 _lock = threading.Lock()
+
+
+class Line:
+    """A lock of threads that goes from one to the next in the order in which they came; `asyncio.Lock` does."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._taken = False
+        self._waiting: deque[threading.Lock] = deque()
+
+    def acquire(self, timeout: float | None) -> bool:
+        with self._lock:
+            if not self._taken:
+                self._taken = True
+                return True
+            mine = threading.Lock()
+            mine.acquire()
+            self._waiting.append(mine)
+        try:
+            if mine.acquire(timeout=-1 if timeout is None else min(timeout, threading.TIMEOUT_MAX)):
+                return True
+        except BaseException:  # Ctrl-C
+            if not self._withdrawn(mine):
+                self.release()
+            raise
+        return not self._withdrawn(mine)
+
+    def _withdrawn(self, mine: threading.Lock) -> bool:
+        """False: it was handed over meanwhile."""
+        with self._lock:
+            try:
+                self._waiting.remove(mine)
+            except ValueError:
+                return False
+            return True
+
+    def release(self) -> None:
+        with self._lock:
+            if self._waiting:
+                self._waiting.popleft().release()
+            else:
+                self._taken = False
 
 
 class Crowd:
@@ -30,7 +73,7 @@ class Crowd:
         self.record = record
         self.gone: dict[int, int] = {}
         """The last generation of each slot that was found taken or dead, which it stays."""
-        self.turn = threading.Lock()
+        self.turn = Line()
         self._turns: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Lock] = weakref.WeakKeyDictionary()
         self._users = 0
 
