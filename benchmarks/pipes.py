@@ -38,23 +38,25 @@ LIMIT = 10.0
 
 
 def run(options: Options, figures: Figures) -> None:
-    with _world():
-        if any(options.wants_work(work) for work in SIZES):
+    if any(options.wants_work(work) for work in SIZES):
+        with _world():
             _messages(options, figures)
-        if options.wants_work("pipe.dotnet") or options.wants_work("pipe.dotnet-oneway-64k"):
+    if options.wants_work("pipe.dotnet") or options.wants_work("pipe.dotnet-oneway-64k"):
+        with _world():
             pipes_dotnet.run(options, figures)
-        if options.wants_work("pipe.churn") and options.wants("portway"):
+    if options.wants_work("pipe.churn") and options.wants("portway"):
+        with _world():
             pipes_churn.run(options, figures)
 
 
 @contextmanager
-def _world() -> Iterator[str]:
+def _world() -> Iterator[None]:
     """A place of its own for everything that has a path, .NET's too."""
     before = {name: os.environ.get(name) for name in ("PORTWAY_ROOT", "TMPDIR")}
     root = tempfile.mkdtemp(prefix="portway-bench-")
     os.environ.update(PORTWAY_ROOT=root, TMPDIR=root)
     try:
-        yield root
+        yield
     finally:
         for name, value in before.items():
             if value is None:

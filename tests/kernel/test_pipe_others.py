@@ -79,3 +79,32 @@ def test_a_pinned_user_is_asked_of_nobody_else(world: str, alice: Any) -> None:
                 alice.run(f"portway.{call}('Theirs', server_uid={ALICE})")
         with pytest.raises(BlockingIOError):  # nobody came
             dotnet.accept()
+
+
+WAIT = """
+
+from portway.kernel.pipe_open import Search
+looks, claim = [], Search.claim
+def look(self):
+    looks.append(1)
+    return claim(self)
+Search.claim = look
+try:
+    end = portway.NamedPipeClient("Busy", timeout=seconds)
+    end.close()
+    outcome = "open"
+except portway.errors.OperationTimeout:
+    outcome = "busy"
+Search.claim = claim
+(outcome, len(looks))
+"""
+
+
+def test_who_waits_for_another_users_pipe_sleeps_and_is_woken(world: str, alice: Any) -> None:
+    with portway.NamedPipeServer("Busy", max_instances=1, security=Security.everyone()) as server:
+        with portway.NamedPipeClient("Busy"):
+            outcome, looks = alice.run(WAIT, seconds=0.5)
+            assert outcome == "busy" and looks <= 10  # every 100 ms, and once when it is her turn
+            alice.start(WAIT, seconds=20)
+            server.accept(5).close()  # listens again
+            assert alice.result()[0] == "open"

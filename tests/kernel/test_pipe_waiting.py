@@ -195,7 +195,7 @@ def test_threads_come_in_in_their_order() -> None:
         waiting.append(in_thread(lambda number=number: one(number)))
         patiently(lambda number=number: in_line() == number + 1)
         crowd = next(iter(pipe_waiting._crowds.values()))
-        patiently(lambda number=number, crowd=crowd: len(crowd.turn._waiting) == number)
+        patiently(lambda number=number, crowd=crowd: len(crowd.line.behind) == number)
     client.close()
     pipe.close()
     echo(server, MANY)

@@ -11,7 +11,7 @@ import os
 import socket
 import time
 from contextlib import suppress
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple
 
 from ..deadline import Deadline
 from ..errors import AccessDenied, AmbiguousName, BadPipe, ObjectCorrupt, PipeBusy, PipeNotFound
@@ -23,16 +23,13 @@ from .pipe_record import Record, find
 from .pipe_waiting import Crowd
 from .process import overflow_uid, peer_of, user_name, within_limits
 
+if TYPE_CHECKING:
+    import asyncio
+
 __all__ = ["Claim", "Search"]
 
 _SLICE = 0.1
 _FIRST_PAUSE, _NEWS_PAUSE, _LAST_PAUSE = 0.001, 0.004, 0.025
-
-
-class Turn(Protocol):
-    """A lock, of threads or of tasks."""
-
-    def release(self) -> None: ...
 
 
 class Claim(NamedTuple):
@@ -57,7 +54,7 @@ class Search:
         self.device = Device("pipe", root)
         self.crowd: Crowd | None = None
         """Set while the pipe is there and has no free instance."""
-        self.turn: Turn | None = None
+        self.turn: asyncio.Lock | None = None  # of tasks
         self._wrong: Exception | None = None
         self.patient = False
         """Waiting for the name: another user's closed or broken pipe is no reason to give up."""
@@ -77,6 +74,7 @@ class Search:
             turn.release()
         crowd, self.crowd = self.crowd, None
         if crowd is not None:
+            crowd.line.leave(self)
             crowd.leave()
 
     # -- one look ------------------------------------------------------------------------------------------------------
@@ -91,7 +89,7 @@ class Search:
                 record = self._living()
                 if record is None:
                     raise
-        gone = self.crowd.gone if self.crowd is not None else {}
+        gone = self.crowd.gone if self.crowd is not None and self.crowd.is_at(record) else {}
         try:
             self._check_access(record.header)
             for slot, line in record.listening():
@@ -107,14 +105,17 @@ class Search:
 
     def _claimed(self, sock: socket.socket, record: Record, slot: int, line: Line) -> Claim:
         try:
-            own = record if self.crowd is None else record.again()
+            own = record.again() if self._is_shared(record) else record
         except BaseException:
             sock.close()
             raise
         return Claim(sock, record.header, own, line_at(slot) + DISCONNECTED_AT, line.generation)
 
+    def _is_shared(self, record: Record) -> bool:
+        return self.crowd is not None and self.crowd.record is record
+
     def _close(self, record: Record) -> None:
-        if self.crowd is None:
+        if not self._is_shared(record):
             record.close()
 
     def listens(self) -> None:
@@ -142,7 +143,6 @@ class Search:
             self._seen = known.wake_value()  # before looking, so that no news is missed
             if known.place.uid == os.geteuid() and os.fstat(known.fd).st_nlink and known.alive():
                 return known  # one's own comes first, and here it is still
-            self._forget()
         self._wrong = None
         for place in self.device.places(self.server_uid):
             try:
@@ -161,6 +161,7 @@ class Search:
             if record.alive():
                 return record
             record.close()
+        self._forget()
         return None
 
     def _waits(self, place: Place) -> bool:
@@ -193,8 +194,12 @@ class Search:
         return sock
 
     def _busy(self, record: Record, gone: dict[int, int]) -> PipeBusy:
+        """Joins the line at this pipe, or stays in it."""
         self._looked, used = time.monotonic(), record.noted()
-        if self.crowd is None:
+        if self.crowd is not None and self.crowd.is_at(record):
+            self._close(record)
+        else:
+            self._forget()
             self.crowd = Crowd.of(record)
             self.crowd.gone.update(gone)
         return PipeBusy(
@@ -253,10 +258,10 @@ class Search:
         left, crowd = deadline.remaining(), self.crowd
         if crowd is None:
             time.sleep(self.next_pause(left))
-        elif self.turn is not None:
+        elif crowd.line.first is self:
             crowd.record.word.wait(self._seen, _SLICE if left is None else min(left, _SLICE))
-        elif crowd.turn.acquire(left):
-            self.turn = crowd.turn
+        else:
+            crowd.line.stand(self, left)
 
     async def pause_task(self, deadline: Deadline) -> None:
         """`pause`, for asyncio."""

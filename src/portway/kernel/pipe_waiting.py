@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import threading
 import weakref
-from collections import deque
 from typing import TYPE_CHECKING
 
 from .pipe_record import Record
@@ -25,45 +24,33 @@ _lock = threading.Lock()
 
 
 class Line:
-    """A lock of threads that goes from one to the next in the order in which they came; `asyncio.Lock` does."""
+    """Threads in the order in which they came; whoever is `first` has the turn, until it leaves."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._taken = False
-        self._waiting: deque[threading.Lock] = deque()
+        self.first: object = None
+        self.behind: dict[object, threading.Lock] = {}
 
-    def acquire(self, timeout: float | None) -> bool:
+    def stand(self, who: object, timeout: float | None) -> None:
+        """Returns when `who` is the first, or the time is over. Whatever happens, `leave` ends it."""
         with self._lock:
-            if not self._taken:
-                self._taken = True
-                return True
-            mine = threading.Lock()
-            mine.acquire()
-            self._waiting.append(mine)
-        try:
-            if mine.acquire(timeout=-1 if timeout is None else min(timeout, threading.TIMEOUT_MAX)):
-                return True
-        except BaseException:  # Ctrl-C
-            if not self._withdrawn(mine):
-                self.release()
-            raise
-        return not self._withdrawn(mine)
+            if self.first is None:
+                self.first = who
+            if self.first is who:
+                return
+            mine = self.behind.get(who)
+            if mine is None:
+                mine = self.behind[who] = threading.Lock()
+                mine.acquire()
+        mine.acquire(timeout=-1 if timeout is None else min(timeout, threading.TIMEOUT_MAX))
 
-    def _withdrawn(self, mine: threading.Lock) -> bool:
-        """False: it was handed over meanwhile."""
+    def leave(self, who: object) -> None:
         with self._lock:
-            try:
-                self._waiting.remove(mine)
-            except ValueError:
-                return False
-            return True
-
-    def release(self) -> None:
-        with self._lock:
-            if self._waiting:
-                self._waiting.popleft().release()
-            else:
-                self._taken = False
+            self.behind.pop(who, None)
+            if self.first is who:
+                self.first = next(iter(self.behind), None)
+                if self.first is not None:
+                    self.behind.pop(self.first).release()
 
 
 class Crowd:
@@ -73,7 +60,7 @@ class Crowd:
         self.record = record
         self.gone: dict[int, int] = {}
         """The last generation of each slot that was found taken or dead, which it stays."""
-        self.turn = Line()
+        self.line = Line()
         self._turns: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Lock] = weakref.WeakKeyDictionary()
         self._users = 0
 
@@ -82,12 +69,15 @@ class Crowd:
         """The record is the crowd's from now on."""
         with _lock:
             crowd = _crowds.get(record.folder)
-            if crowd is None or not os.path.samestat(os.fstat(crowd.record.fd), os.fstat(record.fd)):
+            if crowd is None or not crowd.is_at(record):
                 crowd = _crowds[record.folder] = cls(record)
             else:
                 record.close()
             crowd._users += 1
             return crowd
+
+    def is_at(self, record: Record) -> bool:
+        return record is self.record or os.path.samestat(os.fstat(self.record.fd), os.fstat(record.fd))
 
     def leave(self) -> None:
         with _lock:
