@@ -202,6 +202,15 @@ class Front:
             self.state = "closed"
         return None
 
+    def lost(self) -> bool:
+        """A quick look at each client: the path was ours and is not any more."""
+        if self.state != "ours" or self.identity is None:
+            return False
+        try:
+            return os.lstat(self.path).st_ino != self.identity[1]
+        except OSError:
+            return True
+
     def stop(self) -> None:
         """After a `settle` without a free instance: takes nobody any more, who waits in it is told."""
         if self.socket is not None:

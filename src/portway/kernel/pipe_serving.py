@@ -351,6 +351,9 @@ class Serving:
                     self._take_client(ready[0])
             if not self._ready:
                 return None
+            if self.front is not None and self.front.lost():
+                self._settle()
+                self._warn()
             found = self._ready.popleft()
             self._set_bell()
             return found
