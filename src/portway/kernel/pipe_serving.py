@@ -11,30 +11,23 @@ import os
 import select
 import socket
 import threading
-import time
 import warnings
 import weakref
 from collections import deque
 from contextlib import suppress
-from dataclasses import dataclass, field
 
-from ..deadline import Deadline
-from ..errors import AccessDenied, ObjectClosed, OperationTimeout, PipeBusy, PortwayError
-from ..wire.pipe import Direction, Flag, Header
+from ..errors import ObjectClosed, OperationTimeout, PortwayError
+from ..wire.pipe import Direction
 from . import reaper
-from .device import Device, Place
-from .netinfo import look_at
 from .pipe_front import Front, remove_stale
 from .pipe_instance import Instance
-from .pipe_name import PipeName, parse_pipe_name
-from .pipe_record import Record, find, make, who
-from .process import peer_of, user_name, within_limits
-from .security import Security
+from .pipe_joining import Options, join, server_of
+from .pipe_name import parse_pipe_name
+from .pipe_record import who
+from .process import peer_of, within_limits
 
 __all__ = ["Options", "PipeNameTaken", "Serving"]
 
-BACKLOG = 4
-_PATIENCE = 1.5  # seconds that a new server waits for the others to spare an instance
 _LOOK = 0.5  # seconds between looks at .NET's path
 _ALWAYS = 3600.0
 _live: weakref.WeakSet[Serving] = weakref.WeakSet()
@@ -42,32 +35,6 @@ _live: weakref.WeakSet[Serving] = weakref.WeakSet()
 
 class PipeNameTaken(RuntimeWarning):
     """Another program's server has taken .NET's path of a pipe; portway's own clients are served on."""
-
-
-@dataclass(frozen=True, slots=True)
-class Options:
-    """What the first server of a name decides for all (type, direction, maximum), and what is one server's own."""
-
-    message: bool = False
-    direction: Direction = Direction.DUPLEX
-    max_instances: int = 255
-    instances: int | None = None
-    backlog: int = BACKLOG
-    first: bool = False
-    security: Security = field(default_factory=Security.owner)
-    remote: bool = False
-    out_size: int = 0
-    in_size: int = 0
-    default_wait_ms: int = 50
-    root: str | None = None
-
-    def header(self, name: PipeName) -> Header:
-        flags = Flag.SHARED * (not self.security.is_owner_only) | Flag.REMOTE * self.remote
-        number = int.from_bytes(os.urandom(8), "little")
-        return Header(
-            name.text, self.message, self.direction, self.max_instances, self.out_size, self.in_size,
-            self.default_wait_ms, Flag(flags), number, name.dotnet_path or "",
-        )  # fmt: skip
 
 
 class Serving:
@@ -90,7 +57,7 @@ class Serving:
         self._shown: bool | None = None  # what the front was last told: whether an instance is free
         self.front: Front | None = None
         with within_limits("a pipe's server"):
-            self.record, slot = self._join()
+            self.record, slot = join(self.name, options)
             try:
                 self._epoll = select.epoll()
                 self._bell = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
@@ -110,77 +77,6 @@ class Serving:
         _live.add(self)
 
     # -- joining and leaving -------------------------------------------------------------------------------------------
-
-    def _join(self) -> tuple[Record, int]:
-        device = Device("pipe", self.options.root)
-        self._asked = False
-        deadline = Deadline(_PATIENCE)
-        for _ in range(1000):
-            record = find(device.own(), self.name, write=True)
-            if record is None:
-                self._refuse_others(device)
-                made = make(device, self.name, self.options.header(self.name), not self.options.security.is_owner_only)
-                if made is not None:
-                    return made, 0
-                continue
-            try:
-                slot = self._join_existing(record, deadline)
-            except BaseException:
-                record.close()
-                raise
-            if slot is not None:
-                return record, slot
-            record.close()
-            if self._asked:
-                time.sleep(0.005)
-        raise OperationTimeout(f"the pipe {self.name}: others make and remove it all the time")
-
-    def _join_existing(self, record: Record, deadline: Deadline) -> int | None:
-        """None: try again, since it had no server left, or has just gone, or others were asked for an instance."""
-        with record.gate():
-            if os.fstat(record.fd).st_nlink == 0:
-                return None
-            if not record.alive():
-                remove_stale(record)
-                record.remove()
-                return None
-            header, wanted = record.header, self.options
-            if wanted.first:
-                raise AccessDenied(f"the pipe {self.name} exists already", hint="leave out first_instance to join it")
-            if header.direction != wanted.direction:
-                theirs, ours = header.direction.name.lower(), wanted.direction.name.lower()
-                raise AccessDenied(f"the pipe {self.name} is {theirs}, this server wants {ours}")
-            record.join()
-            slot = record.take_slot()
-            if slot is None and not deadline.expired and record.surplus():
-                self._asked = True
-                record.ask()
-                return None
-            if slot is None:
-                raise PipeBusy(
-                    f"all {header.max_instances} instances of the pipe {self.name} are in use",
-                    hint="the first server's max_instances holds for all",
-                )
-            record.sweep()
-            return slot
-
-    def _refuse_others(self, device: Device) -> None:
-        """A name that another user, or another program at .NET's path, visibly serves is not ours to take."""
-        me = os.geteuid()
-        for place in device.places():
-            if place.uid != me and _serves(place, self.name):
-                other = user_name(place.uid)
-                raise AccessDenied(f"uid {other} serves the pipe {self.name}", hint="take another name")
-        path = self.name.dotnet_path
-        seen = look_at(path) if path else None
-        if path and seen and seen.state in ("live", "denied"):
-            # whether another user's socket lives is not told to who may not connect
-            may = "may be served by another program" + (f" of uid {user_name(seen.uid)}" if seen.uid >= 0 else "")
-            raise AccessDenied(
-                f"the pipe {self.name} {'is served by another program' if seen.state == 'live' else may}: "
-                f"{path}{_server_of(path)}",
-                hint="end it, or take another name",
-            )
 
     def _leave(self) -> None:
         """The last of this object's handles is gone."""
@@ -535,7 +431,7 @@ class Serving:
             self._warned = True
             path = self.front.path
             warnings.warn(
-                f"{self.front.why or f'{path} is another server now{_server_of(path)}'}: .NET's clients do not reach "
+                f"{self.front.why or f'{path} is another server now{server_of(path)}'}: .NET's clients do not reach "
                 f"the pipe {self.name}, portway's do",
                 PipeNameTaken, stacklevel=4,
             )  # fmt: skip
@@ -597,29 +493,6 @@ class Serving:
             self._claims.close()
         if self.front is not None:
             self.front.forget()
-
-
-def _serves(place: Place, name: PipeName) -> bool:
-    """As far as we can see; another user's record may be closed to us, or nonsense."""
-    try:
-        record = find(place, name)
-    except (PortwayError, OSError):
-        return False
-    if record is None:
-        return False
-    with record:
-        return record.alive()
-
-
-def _server_of(path: str) -> str:
-    """ " (pid 12, dotnet)", as far as /proc tells."""
-    with suppress(Exception):
-        import psutil
-
-        for one in psutil.net_connections("unix"):
-            if str(one.laddr) == path and one.pid:
-                return f" (pid {one.pid}, {psutil.Process(one.pid).name()})"
-    return ""
 
 
 def _after_fork() -> None:
