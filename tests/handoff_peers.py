@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import os
 import pickle
+import select
 import signal
 import socket
 import subprocess
@@ -91,7 +92,9 @@ class Peer:
         if not self._killed:  # later its number may be another's
             with suppress(ProcessLookupError):
                 signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
-            patiently(lambda: not running(self.pid))
+            gone = select.poll()  # told when the last thread has closed everything; the first one is a zombie before that
+            gone.register(self._pidfd, select.POLLIN)
+            assert gone.poll(LIMIT * 1000), f"peer {self.pid} survives SIGKILL"
             self._killed = True
 
     def close(self) -> None:
