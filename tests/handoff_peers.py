@@ -92,7 +92,7 @@ class Peer:
         if not self._killed:  # later its number may be another's
             with suppress(ProcessLookupError):
                 signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
-            gone = select.poll()  # told when the last thread has closed everything; the first one is a zombie before that
+            gone = select.poll()  # told when the last thread has closed everything, not the first
             gone.register(self._pidfd, select.POLLIN)
             assert gone.poll(LIMIT * 1000), f"peer {self.pid} survives SIGKILL"
             self._killed = True
