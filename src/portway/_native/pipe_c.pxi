@@ -24,6 +24,7 @@ cdef extern from "pipe_io.h" nogil:
     int pw_pipe_ready(int)
     void pw_pipe_plain(int)
     int pw_pipe_poll(int, short, int, int64_t)
+    int pw_is_main_thread()
     int pw_pipe_gone(int)
     int pw_send_abandoned(int)
     void pw_watch_look(void *)

@@ -178,21 +178,26 @@ cdef class Connection:
     cdef int wait(self, short events, int64_t at, uint64_t cancels) except -1:
         """1: look again, 0: the time is over."""
         cdef int got, wrong, fd = self._fd
+        cdef int64_t until = at, slice
         cdef Bell bell
+        PyErr_CheckSignals()  # it may have come between two system calls, or to another thread
+        if pw_is_main_thread():
+            slice = pw_pipe_now() + 40000000
+            until = min(at, slice)
         if self.bell is None:
             self.bell = Bell()
         bell = self.bell
         self.interrupted(cancels)
         # A disconnect leaves no mark in the socket before the server closes it, which comes right after: no slices.
         with nogil:
-            got = pw_pipe_poll(fd, events, bell.fd, at)
+            got = pw_pipe_poll(fd, events, bell.fd, until)
             wrong = errno
         if got < 0:
             if wrong != EINTR:
                 raise OSError(wrong, os.strerror(wrong))
-            PyErr_CheckSignals()
+        PyErr_CheckSignals()
         self.interrupted(cancels)
-        return 1 if got else 0
+        return 1 if got or until != at else 0
 
     cdef int lock(self, PyThread_type_lock which, int64_t at, uint64_t cancels) except -1:
         """1: ours, 0: the time is over."""

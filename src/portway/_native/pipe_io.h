@@ -12,6 +12,7 @@
 #include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/socket.h>
+#include <sys/syscall.h>
 #include <sys/time.h>
 #include <time.h>
 #include <unistd.h>
@@ -113,6 +114,9 @@ static int pw_pipe_poll(int fd, short events, int bell, int64_t at) {
     }
     return ppoll(both, bell >= 0 ? 2 : 1, limit, NULL);
 }
+
+/* Only the main thread runs Python's signal handlers. */
+static int pw_is_main_thread(void) { return (long)getpid() == syscall(SYS_gettid); }
 
 /* The other end has closed, or will send no more. */
 static int pw_pipe_gone(int fd) {
