@@ -8,6 +8,7 @@
 
 #define PW_L_SLEEP (10 * PW_MS)
 #define PW_L_PATIENCE 10 /* seconds */
+#define PW_L_GRACE (20 * PW_MS)
 #define PW_L_GRACE (1000 * PW_MS)
 
 static int pw_recover(pw_body *b);
@@ -89,7 +90,9 @@ static int pw_L_sleep(pw_body *b, pw_thread *me, uint32_t expected, int64_t unti
 
 /* PW_OK, PW_TIMEOUT, PW_CORRUPT, PW_STUCK, PW_DENIED, or -1 with an exception set. `at`: monotonic, or PW_NEVER. */
 static int pw_L_lock_slow(pw_body *b, pw_thread *me, int64_t at) {
-    int64_t patience = pw_clock(0) + PW_L_PATIENCE * 1000 * PW_MS;
+    int64_t began = pw_clock(0), patience = began + PW_L_PATIENCE * 1000 * PW_MS;
+    /* Whoever has L is about to give it back: "it is held" must not be the answer because its core was taken away. */
+    if (at < began + PW_L_GRACE) at = began + PW_L_GRACE;
     int64_t denied = 0;
     int spins = 0;
     for (;;) {
