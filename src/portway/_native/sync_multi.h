@@ -192,7 +192,8 @@ static int pw_take_all(pw_many *many, pw_thread *me) {
     for (i = 0; i < many->distinct; i++) {
         pw_body *b = many->sorted[i];
         uint64_t value = 0;
-        if (!pw_ready(b, me, many->owner, many->epochs[i], &value)) return 0;
+        /* Only what is signalled now counts: a pulse, or a set that was reset, that found another one unsignalled is over. */
+        if (!pw_ready(b, me, many->owner, PW_EPOCH(b->page->value), &value)) return 0;
         if (b->kind == PW_MUTEX ? pw_owned(b, me, many->owner) : b->manual) continue;
         changed[count] = b;
         after[count++] = value;
