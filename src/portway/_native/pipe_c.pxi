@@ -10,8 +10,6 @@ cdef extern from "pythread.h" nogil:
 
 cdef extern from "pipe_io.h" nogil:
     ctypedef long ssize_t
-    struct timeval:
-        long tv_sec, tv_usec
     ctypedef struct pw_watch:
         uint32_t *at
         uint32_t generation
@@ -31,7 +29,7 @@ cdef extern from "pipe_io.h" nogil:
     unsigned PW_KIND(uint64_t)
     uint64_t PW_LEFT(uint64_t)
     int PW_OVERSIZE
-    int MSG_DONTWAIT, MSG_PEEK, MSG_NOSIGNAL, MSG_TRUNC, SHUT_RDWR, SOL_SOCKET, SO_RCVTIMEO, SO_SNDTIMEO, SO_PEEK_OFF, SO_ERROR
+    int MSG_DONTWAIT, MSG_PEEK, MSG_NOSIGNAL, MSG_TRUNC, SHUT_RDWR, SOL_SOCKET, SO_PEEK_OFF, SO_ERROR
     int POLLIN, POLLOUT, EFD_CLOEXEC, EFD_NONBLOCK, PROT_READ, MAP_SHARED, FIONREAD, SIOCOUTQ
     void *MAP_FAILED
     int setsockopt(int, int, int, const void *, unsigned)
@@ -46,4 +44,3 @@ cdef extern from "pipe_io.h" nogil:
     int ioctl(int, unsigned long, ...)
     void *mmap(void *, size_t, int, int, int, long)
     int munmap(void *, size_t)
-    int usleep(unsigned)
